@@ -1,0 +1,162 @@
+"""The contract: an environment is an ordinary Gymnasium environment over chat messages.
+
+    class Echo(TextEnv):
+        id = "echo"
+
+        @classmethod
+        def make_task(cls, rng, options):           # -> what the prompt is made of, and what only the verifier may see
+            word = rng.choice(["sun", "sea", "sky"])
+            return TaskDraft(public={"word": word}, private={"gold": word})
+
+        def begin(self, task):                      # -> the first observation
+            return Observation(messages=(Message(role="user", content=f"Say {task.public['word']}."),))
+
+        def act(self, turn):                        # -> another observation, or a Verdict, which ends the episode
+            right = turn.content.strip() == self.task.private["gold"]
+            return Verdict(status=Status.OK, reward=float(right), components={"correct": float(right)})
+
+        def oracle(self, observation, rng):         # -> what a perfect policy would say; for checks and demonstrations
+            return Turn(content=self.task.private["gold"])
+
+Authors write plain synchronous code; episodes run in threads of an EnvHost. Token ids never pass through here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import gymnasium
+
+from environments.spaces import MessagesSpace, TurnSpace
+from rl_core.seams import Observation
+from rl_core.types import Message, Status, Task, Turn, Verdict
+
+EVAL_BUCKETS = 16
+"""One task in this many belongs to the eval split, decided by its content hash: no task can be in both splits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDraft:
+    """What a generator draws; the base class adds key, split and seed."""
+
+    public: Mapping[str, Any]
+    private: Mapping[str, Any] = field(default_factory=dict)
+    difficulty: str = ""
+
+
+class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
+    """Subclass this: `make_task`, `begin`, `act`, `oracle`, and an `id`."""
+
+    id: ClassVar[str]
+    version: ClassVar[str] = "1"
+    """Stored in every verdict; raise it when the same answer may score differently."""
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.observation_space = MessagesSpace()
+        self.action_space = TurnSpace()
+        self.task: Task | None = None  # type: ignore[assignment]
+        self._done = True
+
+    # --- what authors write ---------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def make_task(cls, rng: random.Random, options: Mapping[str, Any]) -> TaskDraft:
+        """Draw one task. Everything random comes from `rng`; `options` are the config's difficulty knobs."""
+
+    @abstractmethod
+    def begin(self, task: Task) -> Observation:
+        """Start an episode of `task`: the first messages and the tools. Must forget everything of an earlier episode."""
+
+    @abstractmethod
+    def act(self, turn: Turn) -> Observation | Verdict:
+        """Answer the policy's turn: more messages, or the verdict that ends the episode."""
+
+    def oracle(self, observation: Observation, rng: random.Random) -> Turn:
+        """What a perfect policy would answer now. `rng` may choose among right ways to answer."""
+        raise NotImplementedError(f"environment {self.id!r} has no oracle: it can be trained, but not checked or demonstrated")
+
+    def on_truncated(self) -> Verdict:
+        """The verdict when a budget (turns, tokens) ended the episode before the environment did."""
+        return Verdict(status=Status.INVALID_OUTPUT, reward=0.0, evidence={"reason": "a budget ended the episode before an answer"})
+
+    # --- tasks ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def tasks(cls, split: str, seed: int, options: Mapping[str, Any] | None = None, *, start: int = 0) -> Iterator[Task]:
+        """Tasks of `split` without end, the same for the same arguments on every machine; `start` resumes at a position.
+
+        Which split a task belongs to is decided by the hash of its content, so train and eval share none, whatever the seeds.
+        """
+        options = dict(options or {})
+        index = start
+        while True:
+            yield cls.task_at(split, seed, index, options)
+            index += 1
+
+    @classmethod
+    def task_at(cls, split: str, seed: int, index: int, options: Mapping[str, Any]) -> Task:
+        """The task at one position of the stream."""
+        if split not in ("train", "eval"):
+            raise ValueError(f"split {split!r}, wanted 'train' or 'eval'")
+        for attempt in range(10_000):
+            item_seed = _hash_int(cls.id, split, seed, index, attempt)
+            draft = cls.make_task(random.Random(item_seed), options)
+            key = hashlib.sha256(json.dumps([cls.id, draft.public, draft.private], sort_keys=True).encode()).hexdigest()[:16]
+            if (int(key, 16) % EVAL_BUCKETS == 0) == (split == "eval"):
+                return Task(env=cls.id, key=key, split=split, seed=item_seed, **asdict(draft))
+        raise RuntimeError(f"{cls.id}: 10,000 draws gave no {split} task; the generator has too few distinct tasks")
+
+    # --- Gymnasium --------------------------------------------------------------------------------------------------
+
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:  # type: ignore[override]
+        """`options["task"]` is the task; without it, one is drawn from `seed`."""
+        super().reset(seed=seed)
+        task = (options or {}).get("task")
+        if task is None:
+            draw = int(self.np_random.integers(2**31)) if seed is None else seed
+            task = self.task_at("train", draw, 0, self.options)
+        self.task, self._done = task, False
+        observation = self.begin(task)
+        return to_gym(observation), {"task_key": task.key, "observation": observation}
+
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Gymnasium's five values; `info["verdict"]` is there exactly when the episode ended."""
+        if self._done:
+            raise RuntimeError(f"{self.id}: step() after the end of the episode; call reset() first")
+        result = self.act(action if isinstance(action, Turn) else TurnSpace.to_turn(action))
+        if isinstance(result, Observation):
+            return to_gym(result), 0.0, False, False, {"observation": result}
+        return self._end(result, truncated=False)
+
+    def truncate(self) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """End the episode because a budget ran out."""
+        return self._end(self.on_truncated(), truncated=True)
+
+    def _end(self, verdict: Verdict, *, truncated: bool) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        self._done = True
+        empty = Observation(messages=())
+        return to_gym(empty), verdict.reward or 0.0, not truncated, truncated, {"verdict": verdict, "observation": empty}
+
+
+def to_gym(observation: Observation) -> dict[str, Any]:
+    """An Observation as a member of MessagesSpace."""
+    return {
+        "messages": tuple({"role": m.role, "content": m.content} for m in observation.messages),
+        "tools": json.dumps(observation.tools),
+    }
+
+
+def _hash_int(*parts: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+
+
+__all__ = ["Message", "Observation", "Status", "Task", "TaskDraft", "TextEnv", "Turn", "Verdict", "to_gym"]

@@ -1,0 +1,311 @@
+"""The config of a run: a tree of dataclasses, merged by OmegaConf from YAML and `key=value` overrides.
+
+A typo, a wrong type or a value out of range is a `ConfigError` with one sentence that says what to write instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """The user's config cannot run. The message is one sentence: what it got, what it wanted, what to do."""
+
+
+@dataclass
+class ModelConfig:
+    """Which checkpoint to start from."""
+
+    path: str = "configs/models/seed"
+    """Checkpoint folder that Transformers and vLLM load. Relative paths are taken from the working directory."""
+    dtype: str = "float32"
+    """float32 or bfloat16; the same for engine and learner."""
+
+
+@dataclass
+class EnvironmentConfig:
+    """One environment of the mixture. The key in `environments` is its id, unless `id` says otherwise."""
+
+    id: str = ""
+    """Registered id or `module:Class`; "" means the key itself."""
+    share: float = 1.0
+    """Wanted share of trained groups, relative to the other environments' shares."""
+    group_size: int = 8
+    """G: rollouts per task."""
+    max_tokens: int = 128
+    """Tokens per turn."""
+    max_turns: int = 1
+    """Assistant turns per episode."""
+    max_total_tokens: int = 4096
+    """Prompt and sampled tokens of a whole episode; must fit rollout.max_model_len."""
+    temperature: float = 1.0
+    """Sampling temperature; the learner trains against the same."""
+    timeout_s: float = 120.0
+    """Wall time of one episode in seconds, after which it counts as an infrastructure error."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the environment's task source and constructor: difficulty knobs."""
+
+
+@dataclass
+class LoopConfig:
+    """The asynchronous protocol. Counts are of groups."""
+
+    steps: int = 100
+    """Optimizer steps to run."""
+    groups_per_step: int = 16
+    """P: groups with a learning signal per optimizer step."""
+    max_staleness: int = 1
+    """Policy versions that a trained token may lag the learner. 0 is exactly synchronous on-policy training."""
+    window: int = 4
+    """W: a batch takes the first ready groups among the W oldest; 1 is strict first in, first out. Costs W - 1 slots."""
+    stall_s: float = 300.0
+    """Seconds without a finished group, step or publication after which the run stops and says why."""
+
+
+@dataclass
+class RolloutConfig:
+    """The engines."""
+
+    num_workers: int = 1
+    """Rollout workers, one vLLM engine each."""
+    max_num_seqs: int = 64
+    """Sequences that one engine decodes at the same time."""
+    max_model_len: int = 4608
+    """Longest sequence in tokens."""
+    max_batched_tokens: int = 4096
+    """Tokens per engine step, prefill included."""
+    speculative_tokens: int = 2
+    """k: draft tokens per step from the MTP head; 0 turns speculation off."""
+    kv_cache_gib: float = 1.0
+    """Memory for attention and Mamba state on CPU engines."""
+    num_threads: int = 1
+    """CPU threads per engine."""
+    env_hosts: int = 1
+    """Environment host processes."""
+    env_threads: int = 32
+    """Episodes that one host serves at the same time."""
+
+
+@dataclass
+class ImportanceConfig:
+    """Correction for the difference between the policy that sampled and the policy that trains."""
+
+    rule: str = "masked"
+    """masked (default), truncated or none."""
+    low: float = 0.2
+    """Tokens whose train/behaviour ratio is below this contribute nothing."""
+    high: float = 5.0
+    """Tokens whose train/behaviour ratio is above this contribute nothing."""
+
+
+@dataclass
+class LearnerConfig:
+    """GRPO and its optimizer."""
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 2
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    num_ranks: int = 1
+    """DeepSpeed ranks, one Ray actor each."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage, 1 to 3."""
+    num_threads: int = 1
+    """CPU threads per rank."""
+    microbatch_tokens: int = 16384
+    """Padded tokens per microbatch."""
+    advantage: str = "grpo"
+    """grpo (divide by the group's standard deviation), mean (do not), leave_one_out."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    """Clip range of the proximal ratio, DAPO's clip-higher by default."""
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    mtp_loss_weight: float = 0.3
+    """Weight of the MTP head's loss on the policy's own rollouts; the trunk gets no gradient from it."""
+    train_router: bool = False
+    """Whether MoE router weights are trained; frozen by default, as routers drift in RL."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; the last step is always saved."""
+
+
+@dataclass
+class EvalConfig:
+    """Held-out evaluation before the first and after the last step."""
+
+    tasks: int = 128
+    """Held-out tasks per environment."""
+    every: int = 0
+    """Also evaluate every this many steps, beside training; 0 is never."""
+    every_tasks: int = 32
+    """Held-out tasks per environment for these intermediate evaluations."""
+    seed: int = 1234
+    """Sampling seed of evaluation: the same tasks and the same dice before and after."""
+
+
+@dataclass
+class RunConfig:
+    """Everything about one run."""
+
+    name: str = "run"
+    runs_dir: str = "runs"
+    """Where run folders are made."""
+    seed: int = 0
+    sandbox: str = "auto"
+    """auto, docker or bubblewrap."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    environments: dict[str, EnvironmentConfig] = field(default_factory=dict)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key=value` overrides, check everything. Raises ConfigError."""
+    file = Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+        raise ConfigError(f"no config file {str(path)!r}" + (f"; there are {', '.join(near)}" if near else f" and no folder {file.parent}"))
+    try:
+        loaded = OmegaConf.load(file)
+    except Exception as error:  # yaml's own errors have many classes
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} holds a {type(loaded).__name__}, wanted a mapping of keys such as `model:` and `environments:`")
+    return parse_config(loaded, overrides, source=str(path))
+
+
+def parse_config(tree: DictConfig | dict[str, Any], overrides: Iterable[str] = (), *, source: str = "config") -> RunConfig:
+    """As `load_config`, from a mapping."""
+    merged = OmegaConf.merge(OmegaConf.create(tree), _dotlist(overrides))
+    plain = OmegaConf.to_container(merged, resolve=False)
+    assert isinstance(plain, dict)
+    check_keys(plain, RunConfig, "", source)
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), merged))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        reason = " ".join(str(getattr(error, "msg", None) or error).split("\n")[0].split())
+        raise ConfigError(f"{source}: {key}: {reason}; see `polyrl config show`") from error
+    assert isinstance(config, RunConfig)
+    validate(config)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config, as it is stored in the run folder."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _dotlist(overrides: Iterable[str]) -> DictConfig:
+    items = list(overrides)
+    for item in items:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(f"override {item!r}: wanted key=value, for example loop.steps=20")
+    return OmegaConf.from_dotlist(items)
+
+
+def check_keys(tree: dict[Any, Any], cls: type, prefix: str, source: str) -> None:
+    """Raise ConfigError for the first key that the dataclass does not have, with the nearest one that it has."""
+    known = {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}
+    for key, value in tree.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{source}: unknown key {prefix}{key}; {hint}")
+        if isinstance(value, dict) and is_dataclass(known[key]):
+            check_keys(value, known[key], f"{prefix}{key}.", source)  # type: ignore[arg-type]
+        elif isinstance(value, dict) and key == "environments":
+            for name, child in value.items():
+                if not isinstance(child, dict):
+                    raise ConfigError(f"{source}: environments.{name} is {child!r}, wanted a mapping such as {{share: 1.0}}")
+                check_keys(child, EnvironmentConfig, f"environments.{name}.", source)
+
+
+def validate(config: RunConfig) -> None:
+    """Raise ConfigError for the first value out of range."""
+    c, loop, rollout, learner = config, config.loop, config.rollout, config.learner
+    _at_least("loop.steps", loop.steps, 0)
+    _at_least("loop.groups_per_step", loop.groups_per_step, 1)
+    _at_least("loop.max_staleness", loop.max_staleness, 0, "0 is synchronous on-policy training, 1 to 4 is usual")
+    _at_least("loop.window", loop.window, 1)
+    _above("loop.stall_s", loop.stall_s, 0)
+    for name in ("num_workers", "max_num_seqs", "max_model_len", "max_batched_tokens", "num_threads", "env_hosts", "env_threads"):
+        _at_least(f"rollout.{name}", getattr(rollout, name), 1)
+    _at_least("rollout.speculative_tokens", rollout.speculative_tokens, 0)
+    _above("rollout.kv_cache_gib", rollout.kv_cache_gib, 0)
+    for name in ("num_ranks", "zero_stage", "num_threads", "microbatch_tokens", "checkpoint_every"):
+        _at_least(f"learner.{name}", getattr(learner, name), 1)
+    _above("learner.learning_rate", learner.learning_rate, 0)
+    _above("learner.max_grad_norm", learner.max_grad_norm, 0)
+    _one_of("learner.zero_stage", learner.zero_stage, (1, 2, 3))
+    _one_of("learner.advantage", learner.advantage, ("grpo", "mean", "leave_one_out"))
+    _one_of("learner.importance.rule", learner.importance.rule, ("masked", "truncated", "none"))
+    if not 0 <= learner.importance.low < 1 < learner.importance.high:
+        raise ConfigError(
+            f"learner.importance: low={learner.importance.low}, high={learner.importance.high}; wanted 0 <= low < 1 < high, for example 0.2 and 5.0"
+        )
+    _at_least("learner.mtp_loss_weight", learner.mtp_loss_weight, 0)
+    _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
+    _one_of("sandbox", c.sandbox, ("auto", "docker", "bubblewrap"))
+    _at_least("eval.tasks", c.eval.tasks, 0)
+    _at_least("eval.every", c.eval.every, 0)
+    _at_least("eval.every_tasks", c.eval.every_tasks, 1)
+    if not c.environments:
+        raise ConfigError("environments is empty; name at least one, for example `environments: {math: {}}`, and see `polyrl envs list`")
+    for name, env in c.environments.items():
+        at = f"environments.{name}."
+        _above(at + "share", env.share, 0)
+        _at_least(at + "group_size", env.group_size, 2, "advantages are relative within a group")
+        for knob in ("max_tokens", "max_turns", "max_total_tokens"):
+            _at_least(at + knob, getattr(env, knob), 1)
+        _above(at + "timeout_s", env.timeout_s, 0)
+        _above(at + "temperature", env.temperature, 0)
+        if env.max_total_tokens > rollout.max_model_len:
+            raise ConfigError(
+                f"{at}max_total_tokens is {env.max_total_tokens}, more than rollout.max_model_len={rollout.max_model_len}; raise the latter or lower the former"
+            )
+    if not Path(c.model.path, "config.json").is_file():
+        raise ConfigError(
+            f"model.path: no checkpoint in {c.model.path!r} (config.json is missing); give the folder of a Hugging Face checkpoint, or make the small one with `polyrl model seed`"
+        )
+
+
+def _at_least(key: str, value: float, low: float, hint: str = "") -> None:
+    if not value >= low:
+        raise ConfigError(f"{key} is {value}, wanted {low} or more" + (f" ({hint})" if hint else ""))
+
+
+def _above(key: str, value: float, low: float) -> None:
+    if not value > low:
+        raise ConfigError(f"{key} is {value}, wanted more than {low}")
+
+
+def _one_of(key: str, value: Any, known: Sequence[Any]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), [str(k) for k in known], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{key} is {value!r}, wanted one of {', '.join(map(str, known))}{hint}")
+
+
+def reference(cls: type = RunConfig, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, type, default) of every key, for the configuration reference."""
+    rows: list[tuple[str, str, str]] = []
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            rows += reference(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        elif f.name == "environments":
+            rows += reference(EnvironmentConfig, f"{prefix}environments.<name>.")
+        else:
+            default = f.default if f.default is not NO_DEFAULT else f.default_factory()  # type: ignore[misc]
+            rows.append((f"{prefix}{f.name}", getattr(hints[f.name], "__name__", str(hints[f.name])), repr(default)))
+    return rows
