@@ -1,0 +1,228 @@
+"""The asynchronous training loop, whole.
+
+    Mixer --> [free slot?] --> rollout group --> ReplayQueue --> Learner --> publish weights
+                   ^                 |  no signal, or broken: filtered                |
+                   |                 v                                                |
+                   +--------- slots come back: filtered at once, trained ones when ---+
+                              every engine has proved that it samples from the new weights
+
+Generation and training overlap; a publication overlaps the next step's gradients. A slot is taken when a group starts and
+given back when the weights trained on it are live in every engine. With P groups per step, a window of W and
+
+    B = (max_staleness + 1) * P - (W - 1)  slots,
+
+a group sees at most B - 1 others that were started before it and W - 1 that overtake it trained before its turn, so
+
+    staleness <= (B - 1 + W - 1) // P = max_staleness        (policy versions; tokens sampled later in a group are younger)
+
+max_staleness = 0 leaves P slots: exactly synchronous, on-policy training.
+
+Proof of arrival. Each engine returns fresh completions sampled entirely under the version it was given. The learner
+recomputes their logprobs before the optimizer may replace those weights: no version is left unproved.
+
+Failure. A rollout that breaks is data: it is masked out of its group. A group without enough good rollouts is filtered, with a
+reason. Anything that raises (engine, learner, our own bug) cancels the rest and ends the run with its cause. Every wait
+has a bound and a sentence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from rl_core.config import LoopConfig
+from rl_core.ledger import Ledger
+from rl_core.metrics import StepMetrics
+from rl_core.mixer import Mixer
+from rl_core.seams import GroupResult, Learner, Ref, RolloutWorkers
+from rl_core.types import EpisodeSpec, Receipt, Task
+
+T = TypeVar("T")
+
+MAX_LOGPROB_ERROR = 0.02
+"""Mean |engine - learner| in nats under the same weights above which the run stops. float32 agrees to 1e-5, bfloat16 to 2e-3;
+a wrong recurrent state or a tensor that did not arrive is 0.05 and more."""
+
+MAX_FILTERED_IN_A_ROW = 512
+"""Groups filtered one after the other after which the run stops: its tasks are all solved, all impossible, or all broken."""
+
+MIN_TRAINABLE = 2
+"""Good rollouts that a group needs for a baseline."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on. The message is a sentence for its user."""
+
+
+class Queue(Protocol):
+    """The replay queue, in this process or in an actor."""
+
+    async def start(self, ticket: int) -> None: ...
+    async def put(self, ticket: int, result: GroupResult) -> None: ...
+    async def drop(self, ticket: int) -> None: ...
+    async def take(self, count: int) -> list[GroupResult]: ...
+
+
+class Record(Protocol):
+    """Keeps what happened. Called for every finished group and every step."""
+
+    async def group(self, result: GroupResult) -> None: ...
+    async def step(self, step: int, version: int, metrics: dict[str, float]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The staleness bound, turned into numbers."""
+
+    slots: int
+    window: int
+
+    @staticmethod
+    def of(cfg: LoopConfig) -> Budget:
+        """A window never needs more than max_staleness * P + 1 places: that leaves P slots, one step's worth."""
+        window = min(cfg.window, cfg.max_staleness * cfg.groups_per_step + 1)
+        return Budget(slots=(cfg.max_staleness + 1) * cfg.groups_per_step - (window - 1), window=window)
+
+
+async def train(
+    cfg: LoopConfig,
+    *,
+    mixer: Mixer,
+    specs: dict[str, EpisodeSpec],
+    workers: RolloutWorkers,
+    queue: Queue,
+    learner: Learner,
+    ledger: Ledger,
+    record: Record,
+    weights: Ref,
+    version: int,
+    stop: asyncio.Event,
+    checkpoint_every: int = 0,
+) -> int:
+    """Train from `version` to `cfg.steps`, or until `stop` is set; returns the version that every engine samples from at the end."""
+    slots = asyncio.Semaphore(Budget.of(cfg).slots)
+    arrived = asyncio.Event()
+    metrics = StepMetrics(first_version=version, last_version=cfg.steps)
+    filtered_in_a_row = itertools.count(1)
+
+    async def generate() -> None:
+        """Start one group per free slot, for ever."""
+        async with asyncio.TaskGroup() as running:
+            for ticket in itertools.count():
+                await slots.acquire()
+                task = mixer.draw()
+                group_id = ledger.draw(task)
+                await queue.start(ticket)
+                running.create_task(roll_out(ticket, group_id, task))
+
+    async def roll_out(ticket: int, group_id: str, task: Task) -> None:
+        """One group, from its task to the queue, or out of the run with a reason."""
+        nonlocal filtered_in_a_row
+        result = await workers.run_group(group_id, task, specs[task.env])
+        await record.group(result)
+        metrics.finished(result)
+        if reason := unusable(result):
+            ledger.filter(group_id, reason)
+            mixer.filtered(task.env)
+            await queue.drop(ticket)
+            slots.release()
+            if next(filtered_in_a_row) > MAX_FILTERED_IN_A_ROW:
+                raise RunError(f"{MAX_FILTERED_IN_A_ROW} groups in a row could not train (last: {task.env!r}, {reason}); see `polyrl ledger latest`")
+        else:
+            ledger.ready(group_id)
+            filtered_in_a_row = itertools.count(1)
+            await queue.put(ticket, result)
+        arrived.set()
+
+    async def next_batch() -> list[GroupResult]:
+        """P groups within the staleness bound; empty once the run is asked to stop."""
+        while not stop.is_set():
+            arrived.clear()
+            if batch := await queue.take(cfg.groups_per_step):
+                check_staleness(batch, version, cfg.max_staleness)
+                return batch
+            await bounded(arrived.wait(), cfg.stall_s, "no rollout group finished")
+        return []
+
+    async def publish(version: int, weights: Ref, trained: Sequence[GroupResult]) -> Sequence[Receipt]:
+        """Bring `weights` into every engine without ending its sequences; then groups may start in the places of those trained."""
+        receipts = await bounded(workers.load_weights(version, weights), cfg.stall_s, f"version {version} did not reach every engine")
+        for _ in trained:
+            slots.release()
+        return receipts
+
+    async def prove_arrival(receipts: Sequence[Receipt]) -> None:
+        """Invariant 3: the engines' logprobs are the learner's, under the weights that both hold now."""
+        for receipt in receipts:
+            agreement = await learner.agreement(receipt.probe)
+            metrics.proved(receipt, agreement)
+            if agreement.mean > MAX_LOGPROB_ERROR or not agreement.mean == agreement.mean:
+                raise RunError(
+                    f"worker {receipt.worker} does not sample from version {receipt.version}: its logprobs differ from the learner's by "
+                    f"{agreement.mean:.3g} nats on average ({agreement.num_tokens} tokens), more than {MAX_LOGPROB_ERROR}"
+                )
+
+    async def step_forward(publishing: asyncio.Task[Sequence[Receipt]]) -> asyncio.Task[Sequence[Receipt]] | None:
+        """One optimizer step; returns the publication that it started, or None when the run was asked to stop."""
+        nonlocal version
+        began = time.monotonic()
+        batch = await next_batch()
+        if not batch:
+            return None
+        waited = time.monotonic() - began
+        await bounded(learner.accumulate([g.ref for g in batch]), cfg.stall_s, "the learner's gradients took too long")
+        await prove_arrival(await publishing)
+        stats, weights = await bounded(learner.apply(), cfg.stall_s, "the optimizer step took too long")
+        version = stats.version
+        for group in batch:
+            ledger.train(group.group_id, version)
+            mixer.trained(group.env)
+        published = loop.create_task(publish(version, weights, batch))
+        await record.step(version, version, metrics.close_step(stats, batch, mixer, waited, time.monotonic() - began))
+        return published
+
+    async with asyncio.TaskGroup() as loop:
+        generation = loop.create_task(generate())
+        publishing: asyncio.Task[Sequence[Receipt]] = loop.create_task(publish(version, weights, []))
+        while version < cfg.steps:
+            published = await step_forward(publishing)
+            if published is None:
+                break
+            publishing = published
+            if checkpoint_every and version % checkpoint_every == 0 and version < cfg.steps:
+                await learner.save()
+        await prove_arrival(await publishing)
+        generation.cancel()
+    ledger.abandon_open("the run ended")
+    return version
+
+
+def unusable(result: GroupResult) -> str:
+    """Why a group cannot train, or "" if it can."""
+    if result.num_trainable < MIN_TRAINABLE:
+        broken = [s for s in result.statuses if s in ("infra_error", "verifier_error", "hack_suspected")]
+        return f"only {result.num_trainable} good rollouts ({', '.join(sorted(set(broken)))})"
+    if not result.has_signal:
+        solved = result.rewards[0] > 0
+        return "no signal: all rewards are equal" + (" (solved)" if solved else " (unsolved)")
+    return ""
+
+
+def check_staleness(batch: Sequence[GroupResult], version: int, max_staleness: int) -> None:
+    """Invariant 2, asserted when a batch is sealed. The admission rule above makes this impossible, so it is a bug, not bad luck."""
+    for group in batch:
+        oldest = version if group.min_version is None else group.min_version
+        if version - oldest > max_staleness:
+            raise RunError(f"group {group.group_id} ({group.env}) was sampled by version {oldest} and would train version {version}: staleness bound {max_staleness} is broken")
+
+
+async def bounded(work: Awaitable[T], seconds: float, sentence: str) -> T:
+    """Await `work`, but no longer than `seconds`."""
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except TimeoutError as error:
+        raise RunError(f"{sentence} (waited {seconds:.0f} s; loop.stall_s)") from error
