@@ -1,0 +1,258 @@
+"""The composition root: the one place that chooses classes, starts actors and wires them to the loop.
+
+Everything that it starts, it ends, in reverse order, whatever happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from environments.registry import resolve
+from infra.ray_cluster import connect
+from learner.actor import LearnerGroup
+from rl_core.config import EnvironmentConfig, RunConfig
+from rl_core.evaluation import EvalResult, evaluate
+from rl_core.events import Event, Sink
+from rl_core.ledger import Ledger
+from rl_core.loop import Budget, RunError, train
+from rl_core.mixer import Mixer
+from rl_core.replay_queue import ReplayQueue
+from rl_core.run_store import RunStore
+from rl_core.seams import GroupResult
+from rl_core.types import EpisodeSpec, SamplingParams, Task
+from rollout_workers.pool import Pool
+
+log = logging.getLogger("polyrl")
+
+
+def run(config: RunConfig, *, run_dir: Path, sinks: Sequence[Sink]) -> int:
+    """Run `config` to its end in `run_dir`. Returns 0, or 1 if the run failed or was stopped; its cause is an event."""
+    store = RunStore(run_dir)
+    out = Fan([store, *sinks])
+    began = time.time()
+    try:
+        connect(run_dir)
+        outcome, reason = asyncio.run(Run(config, run_dir, store, out).main())
+    except BaseException as error:  # the outcome of every run is recorded, also that of one that broke
+        outcome, reason = "failed", explain(error)
+        log.debug("run failed", exc_info=True)
+        if not isinstance(error, (Exception, KeyboardInterrupt, asyncio.CancelledError)):
+            raise
+    finally:
+        ray.shutdown()
+    out.emit(Event(kind="run_finished", data={"outcome": outcome, "reason": reason, "seconds": time.time() - began}))
+    store.close()
+    return 0 if outcome == "finished" else 1
+
+
+class Fan:
+    """Hands each event to every sink."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+
+    def emit(self, event: Event) -> None:
+        for sink in self._sinks:
+            sink.emit(event)
+
+
+class Run:
+    """One run: start the parts, evaluate, train, evaluate, stop the parts."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, store: RunStore, out: Sink) -> None:
+        self.config, self.run_dir, self.store, self.out = config, run_dir, store, out
+        self.specs = {name: episode_spec(env) for name, env in config.environments.items()}
+        self.stop = asyncio.Event()
+
+    async def main(self) -> tuple[str, str]:
+        """(outcome, reason)."""
+        loop = asyncio.get_running_loop()
+        self.stop_signals(loop)
+        config = self.config
+        data = {"run": self.run_dir.name, "steps": config.loop.steps, "environments": {n: e.share for n, e in config.environments.items()}}
+        self.out.emit(Event(kind="run_started", data=data | {"max_staleness": config.loop.max_staleness, "speculative_tokens": config.rollout.speculative_tokens}))
+        async with AsyncExitStack() as parts:
+            self.phase("starting", "engines, learner, environment hosts")
+            pool, learner = await self.start_parts(parts)
+            queue = QueueActor(Budget.of(config.loop).window, parts)
+            ledger = Ledger(self.run_dir / "ledger.sqlite")
+            parts.callback(ledger.close)
+
+            version, weights = await learner.snapshot()
+            if await self.interruptible(self.evaluation(pool, "before", version, config.eval.tasks)) is None:
+                return "stopped", "stopped before training"
+            self.phase("training", f"{config.loop.steps} steps")
+            evaluator = self.watch(pool)
+            version = await train(
+                config.loop, mixer=self.mixer(), specs=self.specs, workers=pool, queue=queue, learner=learner, ledger=ledger, record=evaluator,
+                weights=weights, version=version, stop=self.stop, checkpoint_every=config.learner.checkpoint_every,
+            )  # fmt: skip
+            await evaluator.settle()
+            self.phase("saving", f"version {version}")
+            await learner.save()
+            if self.stop.is_set():
+                return "stopped", f"stopped after step {version} of {config.loop.steps}; its checkpoint is saved"
+            if await self.interruptible(self.evaluation(pool, "after", version, config.eval.tasks)) is None:
+                return "stopped", f"stopped in the final evaluation; the checkpoint of step {version} is saved"
+        return "finished", ""
+
+    async def start_parts(self, parts: AsyncExitStack) -> tuple[Pool, LearnerGroup]:
+        """Engines and learner start beside each other; what has started is stopped even if the other fails."""
+
+        async def pool() -> Pool:
+            started = await Pool.start(self.config, run_dir=self.run_dir)
+            parts.push_async_callback(started.aclose)
+            return started
+
+        async def learner() -> LearnerGroup:
+            started = await LearnerGroup.start(self.config, self.run_dir)
+            parts.push_async_callback(started.aclose)
+            return started
+
+        both = await asyncio.gather(pool(), learner(), return_exceptions=True)
+        for part in both:
+            if isinstance(part, BaseException):
+                raise part
+        return both[0], both[1]  # type: ignore[return-value]
+
+    def mixer(self) -> Mixer:
+        """The training streams."""
+        environments = self.config.environments
+        return Mixer({name: self.tasks(name, "train", self.config.seed) for name in environments}, {name: e.share for name, e in environments.items()})
+
+    def tasks(self, name: str, split: str, seed: int) -> Iterator[Task]:
+        """The task source of one environment."""
+        env = self.config.environments[name]
+        return resolve(env.id or name).tasks(split, seed, task_options(self.config, env))
+
+    async def evaluation(self, pool: Pool, label: str, version: int, count: int) -> dict[str, EvalResult]:
+        """Held-out score of every environment, as an event."""
+        if label != "during":
+            self.phase(f"evaluating {label}", f"{count} held-out tasks of each environment")
+        sources = {name: self.tasks(name, "eval", self.config.eval.seed) for name in self.config.environments}
+        prefix = label if label != "during" else f"during{version}"
+
+        async def keep(result: GroupResult) -> None:
+            await self.keep(result, label)
+
+        results = await evaluate(pool, tasks=sources, specs=self.specs, count=count, seed=self.config.eval.seed, label=prefix, record=keep)
+        scores = {name: result.to_json() for name, result in results.items()}
+        self.out.emit(Event(kind="eval", data={"version": version, "label": label, "environments": scores}))
+        return results
+
+    async def keep(self, result: GroupResult, label: str) -> None:
+        """Every rollout goes to the store; its tokens come by reference."""
+        group = await result.ref
+        await asyncio.to_thread(self.store.add_groups, [group], label, None)
+
+    def watch(self, pool: Pool) -> Watch:
+        return Watch(self, pool)
+
+    async def interruptible(self, work: Any) -> Any:
+        """The result of `work`, or None if the run is asked to stop before it is there."""
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            return await task if task.done() else None
+        finally:
+            for future in (task, stop):
+                future.cancel()
+            await asyncio.gather(task, stop, return_exceptions=True)
+
+    def stop_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second one at once."""
+        me = asyncio.current_task()
+        assert me is not None
+
+        def on_signal() -> None:
+            if self.stop.is_set():
+                me.cancel("stopped by a second signal")
+                return
+            self.stop.set()
+            self.out.emit(Event(kind="note", data={"text": "stopping: the current step ends and is saved; once more to stop at once"}))
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+
+    def phase(self, name: str, detail: str) -> None:
+        self.out.emit(Event(kind="phase", data={"name": name, "detail": detail}))
+
+
+class Watch:
+    """Records what the loop does, and evaluates beside training every `eval.every` steps."""
+
+    def __init__(self, run: Run, pool: Pool) -> None:
+        self._run, self._pool = run, pool
+        self._during: asyncio.Task[Any] | None = None
+
+    async def group(self, result: GroupResult) -> None:
+        await self._run.keep(result, "train")
+
+    async def step(self, step: int, version: int, metrics: dict[str, float]) -> None:
+        self._run.out.emit(Event(kind="step", data={"version": version, "metrics": metrics}))
+        cfg = self._run.config
+        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.loop.steps:
+            await self.settle()
+            self._during = asyncio.create_task(self._run.evaluation(self._pool, "during", version, cfg.eval.every_tasks))
+
+    async def settle(self) -> None:
+        """Wait for the evaluation that runs beside training."""
+        if self._during is not None:
+            await self._during
+            self._during = None
+
+
+class QueueActor:
+    """The replay queue in an actor of its own."""
+
+    def __init__(self, window: int, parts: AsyncExitStack) -> None:
+        self._actor = ray.remote(ReplayQueue).options(num_cpus=0).remote(window)  # type: ignore[attr-defined]
+        parts.callback(ray.kill, self._actor)
+
+    async def start(self, ticket: int) -> None:
+        await self._actor.start.remote(ticket)
+
+    async def put(self, ticket: int, result: GroupResult) -> None:
+        await self._actor.put.remote(ticket, result)
+
+    async def drop(self, ticket: int) -> None:
+        await self._actor.drop.remote(ticket)
+
+    async def take(self, count: int) -> list[GroupResult]:
+        return list(await self._actor.take.remote(count))
+
+
+def episode_spec(env: EnvironmentConfig) -> EpisodeSpec:
+    """What a rollout worker needs to know of one environment's episodes."""
+    return EpisodeSpec(
+        group_size=env.group_size,
+        sampling=SamplingParams(max_tokens=env.max_tokens, temperature=env.temperature),
+        max_turns=env.max_turns,
+        max_total_tokens=env.max_total_tokens,
+        timeout_s=env.timeout_s,
+    )
+
+
+def task_options(config: RunConfig, env: EnvironmentConfig) -> dict[str, Any]:
+    """The environment's knobs, and the tokenizer that prompts of a token length are measured with."""
+    return {"tokenizer": config.model.path, **env.options}
+
+
+def explain(error: BaseException) -> str:
+    """The sentence of the first cause in a group of errors."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
+        return "stopped at once"
+    return f"{type(error).__name__}: {error}"
