@@ -1,0 +1,201 @@
+"""The tools environment: a desk in a small shop, several turns, judged by the state of the shop.
+
+    user       Refund the lamp of Ana.
+    assistant  <tool_call>{"name": "find", "arguments": {"name": "Ana"}}</tool_call>           tool  customer 4821
+    assistant  <tool_call>{"name": "orders", "arguments": {"customer": 4821}}</tool_call>      tool  cup 2231, lamp 7310
+    assistant  <tool_call>{"name": "refund", "arguments": {"order": 7310}}</tool_call>         tool  ok
+    assistant  done                                                              -> reward 1: the shop is as it should be
+
+The reward is 1 when the shop's final state equals the state that the goal program makes of a fresh shop and, for a question, the
+answer is right as well; else 0. Nothing that the policy claims to have done counts. The longest ask takes four turns, and a tool that
+was busy one more: six turns are a comfortable budget.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from environments.base import Observation, TaskDraft, TextEnv
+from environments.tools.asks import KINDS, make_world
+from environments.tools.world import CORE, DISTRACTORS, Shop, State, ToolError, check_call
+from rl_core.types import Message, Status, Task, ToolCall, Turn, Verdict
+
+SYSTEM = "Do what is asked with the tools. Answer with the value, or done."
+BUSY = "busy, try again"
+DONE = "done"
+
+MAX_BUSY = 1  # transient failures per episode, so that a turn budget can be planned
+MAX_ERRORS = 3  # refused calls per episode; one more ends it. Bounds a search for ids by trial.
+MAX_CALLS_PER_TURN = 4
+MAX_ANSWER_CHARS = 80
+
+
+class ToolsEnv(TextEnv):
+    """Serve one ask at the desk.
+
+    Options: `kinds`, a list of names in asks.KINDS (default: all); `failure_rate`, the chance that a call finds the shop busy, once per
+    episode at most (default 0.05); `distractors`, how many tools that no ask needs are offered (0 to 4, default 2); `oracle_working`, the
+    share of oracle episodes that look ids up as a policy must (default 0.5).
+    """
+
+    id: ClassVar[str] = "tools"
+    version: ClassVar[str] = "1"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        _kinds(options)
+        self._failure_rate = float(options.get("failure_rate", 0.05))
+        self._distractors = int(options.get("distractors", 2))
+        if not 0 <= self._failure_rate <= 1:
+            raise ValueError(f"tools: failure_rate is {self._failure_rate}, wanted 0 to 1")
+        if not 0 <= self._distractors <= len(DISTRACTORS):
+            raise ValueError(f"tools: distractors is {self._distractors}, wanted 0 to {len(DISTRACTORS)}")
+        self._tools = CORE + DISTRACTORS[: self._distractors]
+        self._offered = frozenset(tool.name for tool in self._tools)
+        self._shop: Shop | None = None
+
+    # --- task and first observation ---------------------------------------------------------------------------------
+
+    @classmethod
+    def make_task(cls, rng: random.Random, options: Mapping[str, Any]) -> TaskDraft:
+        """A shop and an ask about it. Private: the shop's rows, the goal program, the answer, and the oracle's plan."""
+        kind = rng.choice(_kinds(options))
+        world = make_world(rng)
+        ask = KINDS[kind](rng, world)
+        private = {"world": world, "plan": ask.plan, "goal": ask.goal, "answer": ask.answer}
+        return TaskDraft(public={"ask": ask.text}, private=private, difficulty=kind)
+
+    def begin(self, task: Task) -> Observation:
+        self.close()
+        self.task = task
+        self._shop = Shop(task.private["world"])
+        self._dice = random.Random(f"busy {task.seed}")
+        self._busy = self._errors = self._calls = 0
+        self._script: list[Turn] | None = None
+        self._spoken = 0
+        messages = (Message(role="system", content=SYSTEM), Message(role="user", content=task.public["ask"]))
+        return Observation(messages=messages, tools=tuple(tool.schema for tool in self._tools))
+
+    def close(self) -> None:
+        if self._shop is not None:
+            self._shop.close()
+            self._shop = None
+
+    # --- the episode ------------------------------------------------------------------------------------------------
+
+    def act(self, turn: Turn) -> Observation | Verdict:
+        if turn.malformed:
+            return self._refuse(turn.malformed)
+        if not turn.tool_calls:
+            return self._judge(turn.content)
+        if len(turn.tool_calls) > MAX_CALLS_PER_TURN:
+            return self._refuse(f"{len(turn.tool_calls)} tool calls in one turn, at most {MAX_CALLS_PER_TURN} are served")
+        replies = tuple(Message(role="tool", content=self._serve(call)) for call in turn.tool_calls)
+        if self._errors > MAX_ERRORS:
+            return self._refuse(f"{self._errors} refused calls, at most {MAX_ERRORS} are served; last reply: {replies[-1].content}")
+        return Observation(messages=replies)
+
+    def on_truncated(self) -> Verdict:
+        """Whatever the state: an episode that was not brought to an end is not done."""
+        return self._refuse("a budget ended the episode before a final answer")
+
+    def _serve(self, call: ToolCall) -> str:
+        """The tool's reply to one call. Only calls that are well formed can find the shop busy."""
+        assert self._shop is not None
+        self._calls += 1
+        arguments = dict(call.arguments) if isinstance(call.arguments, Mapping) else call.arguments
+        try:
+            if check_call(call.name, arguments).name not in self._offered:
+                raise ToolError("error: no such tool")
+            if self._dice.random() < self._failure_rate and self._busy < MAX_BUSY:
+                self._busy += 1
+                return BUSY
+            return self._shop.call(call.name, arguments)
+        except ToolError as error:
+            self._errors += 1
+            return str(error)
+
+    def _judge(self, content: str) -> Verdict:
+        """Compare the shop with the goal, and the answer with the gold answer where one was asked for."""
+        assert self._shop is not None
+        assert self.task is not None
+        got, wanted = self._shop.state(), _goal_state(self.task)
+        gold = self.task.private["answer"]
+        found = extract_number(content)
+        state, answer = float(got == wanted), float(gold is None or found == gold)
+        evidence = {"answer": content[:MAX_ANSWER_CHARS] if found is None else found, "calls": str(self._calls)}
+        if got != wanted:
+            evidence["difference"] = _first_difference(got, wanted)
+        components = {"correct": state * answer, "state": state, "answer": answer}
+        return self._finish(Status.OK, components, evidence)
+
+    def _refuse(self, reason: str) -> Verdict:
+        components = {"correct": 0.0, "state": 0.0, "answer": 0.0}
+        return self._finish(Status.INVALID_OUTPUT, components, {"reason": reason[:200], "calls": str(self._calls)})
+
+    def _finish(self, status: Status, components: dict[str, float], evidence: dict[str, str]) -> Verdict:
+        self.close()
+        reward = components["correct"]
+        return Verdict(status=status, reward=reward, components=components, evidence=evidence, verifier_version=self.version)
+
+    # --- demonstrations ---------------------------------------------------------------------------------------------
+
+    def oracle(self, observation: Observation, rng: random.Random) -> Turn:
+        """Serve the ask perfectly, in one of two styles chosen once per episode: working looks up each id that it uses, direct knows it."""
+        assert self.task is not None
+        if self._script is None:
+            working = rng.random() < float(self.options.get("oracle_working", 0.5))
+            self._script = _script(self.task, working=working)
+        elif not (observation.messages and observation.messages[-1].content == BUSY):
+            self._spoken += 1
+        return self._script[min(self._spoken, len(self._script) - 1)]
+
+
+def _script(task: Task, *, working: bool) -> list[Turn]:
+    """The turns of a perfect episode in which no tool is busy."""
+    calls = task.private["plan"] if working else task.private["goal"]
+    turns = []
+    for call in calls:
+        tool_call = ToolCall(name=call["name"], arguments=call["arguments"])
+        turns.append(Turn(content="", thought=call["thought"] if working else "", tool_calls=(tool_call,)))
+    return [*turns, Turn(content=task.private["answer"] or DONE)]
+
+
+def extract_number(content: str) -> str | None:
+    """The one number of a short answer ("307", "The stock is 307."), or None if there is none, or more than one, or the answer is long."""
+    if len(content) > MAX_ANSWER_CHARS:
+        return None
+    numbers = [n.rstrip(".,") for n in re.findall(r"[-+]?[0-9][0-9.,]*", content)]
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def _goal_state(task: Task) -> State:
+    shop = Shop(task.private["world"])
+    try:
+        for call in task.private["goal"]:
+            shop.call(call["name"], call["arguments"])
+        return shop.state()
+    finally:
+        shop.close()
+
+
+def _first_difference(got: State, wanted: State) -> str:
+    for table, rows in wanted.items():
+        extra, missing = [r for r in got[table] if r not in rows], [r for r in rows if r not in got[table]]
+        if extra or missing:
+            return f"{table}: {extra[:1]} instead of {missing[:1]}"
+    return "the same rows, in other numbers"
+
+
+def _kinds(options: Mapping[str, Any]) -> list[str]:
+    kinds = list(options.get("kinds") or KINDS)
+    for kind in kinds:
+        if kind not in KINDS:
+            near = difflib.get_close_matches(str(kind), KINDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"wanted some of {', '.join(KINDS)}"
+            raise ValueError(f"tools: unknown kind {kind!r}; {hint}")
+    return kinds
