@@ -1,0 +1,139 @@
+"""Write a program: the policy's code really runs, in a sandbox, on inputs that it never saw.
+
+    Write f(x): add 34, then times 3, then minus 17.
+
+    working   <think>+34 *3 -17</think>def f(x):       direct   def f(x):
+                                        x=x+34                   return 3*x+85
+                                        x=x*3
+                                        x=x-17
+                                        return x
+
+A task is a pipeline of steps. The direct way folds the whole pipeline into one expression, which takes arithmetic on its
+constants; the working way writes one assignment per step. Both are right when done right.
+
+Grading is split: the sandbox computes outputs from inputs, and the comparison with what our own reference computed happens
+here, outside. No expected value ever enters the sandbox.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from environments.base import TaskDraft, TextEnv
+from environments.code_pipelines import KINDS, Pipeline, Step, draw_inputs, draw_pipeline
+from rl_core.seams import Observation
+from rl_core.types import Message, Status, Task, Turn, Verdict
+
+DEFAULT_KINDS = ("ints", "steps", "lists", "strings", "stdin")
+MAX_PROGRAM_CHARS = 20_000
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+class CodeEnv(TextEnv):
+    """Options (defaults in brackets):
+
+    kinds           which of ints, steps, lists, strings, stdin [all]
+    num_steps       steps of a pipeline [3]; 2 is easier, 8 is hard
+    digits          digits of a step's constant [2]
+    cases           hidden inputs per task [8]
+    oracle_working  probability that the oracle writes the working style [0.5]
+    sandbox         auto, docker or bubblewrap [auto]
+    """
+
+    id: ClassVar[str] = "code"
+    version: ClassVar[str] = "1"
+
+    @classmethod
+    def make_task(cls, rng: random.Random, options: Mapping[str, Any]) -> TaskDraft:
+        kinds = list(options.get("kinds", DEFAULT_KINDS))
+        unknown = [k for k in kinds if k not in KINDS]
+        if unknown or not kinds:
+            raise ValueError(f"code: options.kinds is {kinds}, wanted some of {', '.join(KINDS)}")
+        pipeline = draw_pipeline(rng, rng.choice(kinds), num_steps=int(options.get("num_steps", 3)), digits=int(options.get("digits", 2)))
+        public = {
+            "kind": pipeline.kind,
+            "steps": [list(s) for s in pipeline.steps],
+            "order": list(pipeline.order),
+            "cases": int(options.get("cases", 8)),
+        }
+        # The inputs come from the content and not from `rng`, so that one prompt has one key and cannot sit in both splits.
+        content = hashlib.sha256(json.dumps(["code inputs", public], sort_keys=True).encode()).digest()
+        inputs = draw_inputs(random.Random(int.from_bytes(content[:8], "big")), pipeline, public["cases"])
+        private = {"inputs": inputs, "expected": [pipeline.compute(value) for value in inputs]}
+        return TaskDraft(public=public, private=private, difficulty=pipeline.kind)
+
+    def begin(self, task: Task) -> Observation:
+        return Observation(messages=(Message(role="user", content=pipeline_of(task).prompt()),))
+
+    def act(self, turn: Turn) -> Verdict:
+        assert self.task is not None
+        if turn.malformed:
+            return self._failed(Status.INVALID_OUTPUT, f"broken markup: {turn.malformed}")
+        program = extract_program(turn.content)
+        if not program.strip():
+            return self._failed(Status.INVALID_OUTPUT, "no program")
+        if len(program) > MAX_PROGRAM_CHARS or "\0" in program:
+            return self._failed(Status.INVALID_OUTPUT, f"a program of {len(program)} characters, or one with NUL bytes")
+        return self._grade(program)
+
+    def oracle(self, observation: Observation, rng: random.Random) -> Turn:
+        assert self.task is not None
+        pipeline = pipeline_of(self.task)
+        if rng.random() < float(self.options.get("oracle_working", 0.5)):
+            return Turn(thought=pipeline.plan(), content=pipeline.stepwise())
+        return Turn(content=pipeline.folded())
+
+    def _grade(self, program: str) -> Verdict:
+        # Imported here, so that generating tasks and demonstrations needs no sandbox.
+        from environments.sandbox import SandboxJob, choose_sandbox
+        from reward_models.code_cases import grade_cases
+
+        assert self.task is not None
+        pipeline = pipeline_of(self.task)
+        inputs, expected = self.task.private["inputs"], self.task.private["expected"]
+        sandbox = choose_sandbox(str(self.options.get("sandbox", "auto")))
+        result = sandbox.run(SandboxJob(program=program, mode=pipeline.mode, inputs=tuple(inputs)))
+        evidence = {"program": program[:2000], "sandbox": result.kind, "stderr": result.stderr_tail[-500:]}
+        if result.kind == "infra_error":
+            return Verdict(status=Status.INFRA_ERROR, reward=None, evidence=evidence, verifier_version=self.version)
+        score = grade_cases(result.stdout, expected, text=pipeline.mode == "stdin")
+        if result.kind != "finished":
+            status = Status.TIMEOUT_MODEL if result.kind == "timeout" else Status.OK
+            return self._failed(status, result.kind, fraction=score.fraction, ran=score.ran, evidence=evidence)
+        correct = float(score.correct)
+        status = Status.TIMEOUT_MODEL if score.timed_out else Status.OK
+        return Verdict(
+            status=status,
+            reward=correct,
+            components={"correct": correct, "fraction": score.fraction, "ran": float(score.ran)},
+            evidence={**evidence, "failure": score.failure},
+            verifier_version=self.version,
+        )
+
+    def _failed(
+        self, status: Status, reason: str, *, fraction: float = 0.0, ran: bool = False, evidence: Mapping[str, str] | None = None
+    ) -> Verdict:
+        return Verdict(
+            status=status,
+            reward=0.0,
+            components={"correct": 0.0, "fraction": fraction, "ran": float(ran)},
+            evidence={**(evidence or {}), "failure": reason[:500]},
+            verifier_version=self.version,
+        )
+
+
+def pipeline_of(task: Task) -> Pipeline:
+    """The pipeline that a task is about, from its public part."""
+    steps: Sequence[Sequence[Any]] = task.public["steps"]
+    return Pipeline(kind=task.public["kind"], steps=tuple(Step(str(w), int(n)) for w, n in steps), order=tuple(task.public["order"]))
+
+
+def extract_program(content: str) -> str:
+    """The last fenced block, or everything if there is none."""
+    blocks: list[str] = _FENCE.findall(content)
+    return blocks[-1] if blocks else content.strip("\n")
