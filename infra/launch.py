@@ -78,11 +78,13 @@ class Run:
         loop = asyncio.get_running_loop()
         self.stop_signals(loop)
         config = self.config
-        data = {"run": self.run_dir.name, "steps": config.loop.steps, "environments": {n: e.share for n, e in config.environments.items()}}
-        self.out.emit(Event(kind="run_started", data=data | {"max_staleness": config.loop.max_staleness, "speculative_tokens": config.rollout.speculative_tokens}))
+        self.out.emit(Event(kind="run_started", data=self.describe()))
         async with AsyncExitStack() as parts:
             self.phase("starting", "engines, learner, environment hosts")
-            pool, learner = await self.start_parts(parts)
+            started = await self.interruptible(self.start_parts(parts))
+            if started is None:
+                return "stopped", "stopped while starting"
+            pool, learner = started
             queue = QueueActor(Budget.of(config.loop).window, parts)
             ledger = Ledger(self.run_dir / "ledger.sqlite")
             parts.callback(ledger.close)
@@ -91,12 +93,22 @@ class Run:
             if await self.interruptible(self.evaluation(pool, "before", version, config.eval.tasks)) is None:
                 return "stopped", "stopped before training"
             self.phase("training", f"{config.loop.steps} steps")
-            evaluator = self.watch(pool)
+            watch = Watch(self, pool)
             version = await train(
-                config.loop, mixer=self.mixer(), specs=self.specs, workers=pool, queue=queue, learner=learner, ledger=ledger, record=evaluator,
-                weights=weights, version=version, stop=self.stop, checkpoint_every=config.learner.checkpoint_every,
-            )  # fmt: skip
-            await evaluator.settle()
+                config.loop,
+                mixer=self.mixer(),
+                specs=self.specs,
+                workers=pool,
+                queue=queue,
+                learner=learner,
+                ledger=ledger,
+                record=watch,
+                weights=weights,
+                version=version,
+                stop=self.stop,
+                checkpoint_every=config.learner.checkpoint_every,
+            )
+            await watch.settle()
             self.phase("saving", f"version {version}")
             await learner.save()
             if self.stop.is_set():
@@ -104,6 +116,17 @@ class Run:
             if await self.interruptible(self.evaluation(pool, "after", version, config.eval.tasks)) is None:
                 return "stopped", f"stopped in the final evaluation; the checkpoint of step {version} is saved"
         return "finished", ""
+
+    def describe(self) -> dict[str, Any]:
+        """What a viewer needs to know of the run beforehand."""
+        config = self.config
+        return {
+            "run": self.run_dir.name,
+            "steps": config.loop.steps,
+            "environments": {name: env.share for name, env in config.environments.items()},
+            "max_staleness": config.loop.max_staleness,
+            "speculative_tokens": config.rollout.speculative_tokens,
+        }
 
     async def start_parts(self, parts: AsyncExitStack) -> tuple[Pool, LearnerGroup]:
         """Engines and learner start beside each other; what has started is stopped even if the other fails."""
@@ -127,7 +150,10 @@ class Run:
     def mixer(self) -> Mixer:
         """The training streams."""
         environments = self.config.environments
-        return Mixer({name: self.tasks(name, "train", self.config.seed) for name in environments}, {name: e.share for name, e in environments.items()})
+        return Mixer(
+            {name: self.tasks(name, "train", self.config.seed) for name in environments},
+            {name: e.share for name, e in environments.items()},
+        )
 
     def tasks(self, name: str, split: str, seed: int) -> Iterator[Task]:
         """The task source of one environment."""
@@ -153,9 +179,6 @@ class Run:
         """Every rollout goes to the store; its tokens come by reference."""
         group = await result.ref
         await asyncio.to_thread(self.store.add_groups, [group], label, None)
-
-    def watch(self, pool: Pool) -> Watch:
-        return Watch(self, pool)
 
     async def interruptible(self, work: Any) -> Any:
         """The result of `work`, or None if the run is asked to stop before it is there."""

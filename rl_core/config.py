@@ -251,7 +251,8 @@ def validate(config: RunConfig) -> None:
     _one_of("learner.importance.rule", learner.importance.rule, ("masked", "truncated", "none"))
     if not 0 <= learner.importance.low < 1 < learner.importance.high:
         raise ConfigError(
-            f"learner.importance: low={learner.importance.low}, high={learner.importance.high}; wanted 0 <= low < 1 < high, for example 0.2 and 5.0"
+            f"learner.importance: low={learner.importance.low}, high={learner.importance.high}; "
+            f"wanted 0 <= low < 1 < high, for example 0.2 and 5.0"
         )
     _at_least("learner.mtp_loss_weight", learner.mtp_loss_weight, 0)
     _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
@@ -271,11 +272,13 @@ def validate(config: RunConfig) -> None:
         _above(at + "temperature", env.temperature, 0)
         if env.max_total_tokens > rollout.max_model_len:
             raise ConfigError(
-                f"{at}max_total_tokens is {env.max_total_tokens}, more than rollout.max_model_len={rollout.max_model_len}; raise the latter or lower the former"
+                f"{at}max_total_tokens is {env.max_total_tokens}, more than rollout.max_model_len={rollout.max_model_len}; "
+                f"raise the latter or lower the former"
             )
     if not Path(c.model.path, "config.json").is_file():
         raise ConfigError(
-            f"model.path: no checkpoint in {c.model.path!r} (config.json is missing); give the folder of a Hugging Face checkpoint, or make the small one with `polyrl model seed`"
+            f"model.path: no checkpoint in {c.model.path!r} (config.json is missing); give the folder of a Hugging Face checkpoint, "
+            f"or make the small one with `polyrl model seed`"
         )
 
 

@@ -102,7 +102,9 @@ class Ledger:
         ).rowcount
         if changed != 1:
             row = self._db.execute("SELECT state FROM tasks WHERE group_id = ?", (group_id,)).fetchone()
-            raise RuntimeError(f"ledger: {group_id} cannot become {state.value}: it is {row[0] if row else 'unknown'}, wanted {' or '.join(wanted)}")
+            raise RuntimeError(
+                f"ledger: {group_id} cannot become {state.value}: it is {row[0] if row else 'unknown'}, wanted {' or '.join(wanted)}"
+            )
 
     def close(self) -> None:
         self._db.close()

@@ -131,7 +131,9 @@ async def train(
             await queue.drop(ticket)
             slots.release()
             if next(filtered_in_a_row) > MAX_FILTERED_IN_A_ROW:
-                raise RunError(f"{MAX_FILTERED_IN_A_ROW} groups in a row could not train (last: {task.env!r}, {reason}); see `polyrl ledger latest`")
+                raise RunError(
+                    f"{MAX_FILTERED_IN_A_ROW} groups in a row could not train (last: {task.env!r}, {reason}); see `polyrl ledger latest`"
+                )
         else:
             ledger.ready(group_id)
             filtered_in_a_row = itertools.count(1)
@@ -217,7 +219,10 @@ def check_staleness(batch: Sequence[GroupResult], version: int, max_staleness: i
     for group in batch:
         oldest = version if group.min_version is None else group.min_version
         if version - oldest > max_staleness:
-            raise RunError(f"group {group.group_id} ({group.env}) was sampled by version {oldest} and would train version {version}: staleness bound {max_staleness} is broken")
+            raise RunError(
+                f"group {group.group_id} ({group.env}) was sampled by version {oldest} and would train version {version}: "
+                f"staleness bound {max_staleness} is broken"
+            )
 
 
 async def bounded(work: Awaitable[T], seconds: float, sentence: str) -> T:

@@ -28,9 +28,7 @@ class StepMetrics:
         """An engine proved that it has the weights."""
         self._receipts.append((receipt, agreement))
 
-    def close_step(
-        self, stats: StepStats, batch: Sequence[GroupResult], mixer: Mixer, waited_s: float, step_s: float
-    ) -> dict[str, float]:
+    def close_step(self, stats: StepStats, batch: Sequence[GroupResult], mixer: Mixer, waited_s: float, step_s: float) -> dict[str, float]:
         """All figures of the step that made `stats.version`."""
         now = time.monotonic()
         seconds = max(now - self._step_began, 1e-9)

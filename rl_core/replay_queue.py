@@ -7,6 +7,9 @@ So at most window - 1 groups ever overtake a straggler; the loop's staleness bou
 
 from __future__ import annotations
 
+from bisect import insort
+from collections import OrderedDict
+
 from rl_core.seams import GroupResult
 
 
@@ -17,45 +20,50 @@ class ReplayQueue:
         if window < 1:
             raise ValueError(f"window is {window}, wanted 1 (strict first in, first out) or more")
         self._window = window
-        self._open: dict[int, GroupResult | None] = {}  # ticket -> result, None while it runs; in order of start
-        self._overtakers: list[int] = []  # tickets taken that are younger than the oldest open one
+        self._running: OrderedDict[int, None] = OrderedDict()  # tickets in order of start
+        self._ready: list[int] = []  # tickets, sorted
+        self._results: dict[int, GroupResult] = {}  # of the ready tickets
+        self._overtakers: list[int] = []  # tickets taken that are younger than the oldest running one; fewer than `window`
+        self._last = -1
 
     def start(self, ticket: int) -> None:
         """A group was started. Tickets rise."""
-        if self._open and ticket <= next(reversed(self._open)):
-            raise ValueError(f"ticket {ticket} after {next(reversed(self._open))}: tickets must rise")
-        self._open[ticket] = None
+        if ticket <= self._last:
+            raise ValueError(f"ticket {ticket} after {self._last}: tickets must rise")
+        self._running[ticket] = None
+        self._last = ticket
 
     def put(self, ticket: int, result: GroupResult) -> None:
         """The group of `ticket` is ready to train. Putting it twice is an error: nothing is counted twice (invariant 4)."""
-        if ticket not in self._open:
-            raise ValueError(f"ticket {ticket} was never started, or has been taken already")
-        if self._open[ticket] is not None:
+        if ticket in self._results:
             raise ValueError(f"ticket {ticket} was put twice")
-        self._open[ticket] = result
+        if ticket not in self._running:
+            raise ValueError(f"ticket {ticket} was never started, or has been taken already")
+        del self._running[ticket]
+        insort(self._ready, ticket)
+        self._results[ticket] = result
 
     def drop(self, ticket: int) -> None:
         """The group of `ticket` will never train."""
-        if self._open.pop(ticket, 0) is not None:
+        if ticket not in self._running:
             raise ValueError(f"ticket {ticket} cannot be dropped: it is not running")
+        del self._running[ticket]
 
     def take(self, count: int) -> list[GroupResult]:
-        """`count` groups, or none if that many are not ready within the window yet."""
-        taken: list[int] = []
-        overtakers = list(self._overtakers)
-        while len(taken) < count:
-            waiting = [t for t in self._open if t not in taken]
-            ready = next((t for t in waiting if self._open[t] is not None), None)
-            if ready is None:
-                return []
-            overtakers = [t for t in (*overtakers, ready) if t > waiting[0]]
+        """The `count` oldest ready groups, or none if that many are not ready within the window yet."""
+        if len(self._ready) < count:
+            return []
+        taken = self._ready[:count]
+        overtakers: list[int] = []
+        if self._running:
+            oldest = next(iter(self._running))
+            overtakers = [t for t in (*self._overtakers, *taken) if t > oldest]
             if len(overtakers) >= self._window:
                 return []
-            taken.append(ready)
         self._overtakers = overtakers
-        return [result for t in taken if (result := self._open.pop(t)) is not None]
+        del self._ready[:count]
+        return [self._results.pop(t) for t in taken]
 
     def depth(self) -> tuple[int, int]:
         """(groups ready, groups still running)."""
-        ready = sum(r is not None for r in self._open.values())
-        return ready, len(self._open) - ready
+        return len(self._ready), len(self._running)

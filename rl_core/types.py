@@ -57,7 +57,7 @@ class ToolCall:
 class Turn:
     """An assistant turn, parsed from sampled ids: what an environment's `step` gets as its action.
 
-        <think>3+4 is 7</think>The answer is 7.   ->   thought="3+4 is 7", content="The answer is 7."
+    <think>3+4 is 7</think>The answer is 7.   ->   thought="3+4 is 7", content="The answer is 7."
     """
 
     content: str
@@ -138,9 +138,7 @@ class Completion:
     def __post_init__(self) -> None:
         covered = sum(s.stop - s.start for s in self.spans)
         if not len(self.token_ids) == len(self.logprobs) == covered:
-            raise ValueError(
-                f"ragged completion: {len(self.token_ids)} ids, {len(self.logprobs)} logprobs, spans cover {covered} tokens"
-            )
+            raise ValueError(f"ragged completion: {len(self.token_ids)} ids, {len(self.logprobs)} logprobs, spans cover {covered} tokens")
 
     @property
     def versions(self) -> Ids:

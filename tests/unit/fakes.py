@@ -37,7 +37,11 @@ def tasks(env: str) -> Iterator[Task]:
 def probe(version: int) -> Completion:
     ids = np.array([1, 2], np.int32)
     return Completion(
-        prompt_ids=ids, token_ids=ids, logprobs=np.zeros(2, np.float32), spans=(VersionSpan(start=0, stop=2, version=version),), finish_reason="stop"
+        prompt_ids=ids,
+        token_ids=ids,
+        logprobs=np.zeros(2, np.float32),
+        spans=(VersionSpan(start=0, stop=2, version=version),),
+        finish_reason="stop",
     )
 
 
@@ -59,7 +63,15 @@ class FakeWorkers:
         finally:
             self.running -= 1
         signal = self.rng.random() < self.signal
-        return group_result(ref=group_id, group_id=group_id, env=task.env, task_key=task.key, min_version=version, max_version=self.version, has_signal=signal)
+        return group_result(
+            ref=group_id,
+            group_id=group_id,
+            env=task.env,
+            task_key=task.key,
+            min_version=version,
+            max_version=self.version,
+            has_signal=signal,
+        )
 
     async def load_weights(self, version: int, weights: Ref) -> Sequence[Receipt]:
         await asyncio.sleep(self.rng.uniform(0.01, 1.0))
@@ -87,7 +99,9 @@ class FakeLearner:
     async def agreement(self, completions: Sequence[Completion]) -> Agreement:
         await asyncio.sleep(0.01)
         for completion in completions:
-            assert all(s.version == self.version for s in completion.spans), "a probe was scored under other weights than it was sampled from"
+            assert all(s.version == self.version for s in completion.spans), (
+                "a probe was scored under other weights than it was sampled from"
+            )
             self.proved.append(self.version)
         return Agreement(mean=self.error, max=self.error, num_tokens=2)
 

@@ -43,7 +43,9 @@ def test_every_task_is_rolled_out_once_with_its_own_fixed_seed() -> None:
 
     sources = {"math": tasks("math"), "code": tasks("code")}
     results = simulate(
-        evaluate(Seen(random.Random(0)), tasks=sources, specs=dict.fromkeys(sources, SPEC), count=130, seed=7, label="before", record=record)
+        evaluate(
+            Seen(random.Random(0)), tasks=sources, specs=dict.fromkeys(sources, SPEC), count=130, seed=7, label="before", record=record
+        )
     )
     assert len(seen) == len(set(seen)) == len(recorded) == 260
     assert {s[2] for s in seen} == set(range(7, 137))

@@ -13,7 +13,9 @@ from rl_core.ledger import Ledger, read_balance
 from rl_core.loop import Budget, RunError, train
 from rl_core.mixer import Mixer
 from rl_core.replay_queue import ReplayQueue
-from tests.unit.fakes import SPEC, FakeLearner, FakeWorkers, LocalQueue, Recorder, simulate, tasks
+from rl_core.seams import GroupResult
+from rl_core.types import Receipt
+from tests.unit.fakes import SPEC, FakeLearner, FakeWorkers, LocalQueue, Recorder, probe, simulate, tasks
 
 SHARES = {"math": 1.0, "code": 1.0, "tools": 2.0}
 
@@ -46,7 +48,9 @@ class Run:
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("seed", range(6))
-def test_staleness_stays_within_the_bound_and_every_task_ends_in_one_state(tmp_path: Path, max_staleness: int, window: int, seed: int) -> None:
+def test_staleness_stays_within_the_bound_and_every_task_ends_in_one_state(
+    tmp_path: Path, max_staleness: int, window: int, seed: int
+) -> None:
     cfg = LoopConfig(steps=12, groups_per_step=4, max_staleness=max_staleness, window=window)
     run = Run(cfg, tmp_path, seed=seed, signal=0.7, straggler=0.1)
     assert run.go() == 12  # check_staleness raises inside if the bound breaks
@@ -83,18 +87,26 @@ def test_a_planted_bug_is_caught_by_the_assertion(tmp_path: Path, monkeypatch: p
     elif fault == "slots released before weights are live":
         monkeypatch.setattr(FakeWorkers, "load_weights", _late_weights)
     else:
-        monkeypatch.setattr(ReplayQueue, "take", lambda self, n: [self._open.pop(t) for t in list(reversed(self._open)) if self._open[t]][:n] if sum(r is not None for r in self._open.values()) >= n else [])
-    with pytest.raises(BaseExceptionGroup) as caught:
+        monkeypatch.setattr(ReplayQueue, "take", _youngest_first)
+
+    def ten_runs() -> None:
         for seed in range(10):
             Run(cfg, tmp_path, seed=seed, straggler=0.3).go()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        ten_runs()
     assert caught.group_contains(RunError, match="staleness bound") or caught.group_contains(AssertionError)
+
+
+def _youngest_first(self: ReplayQueue, count: int) -> list[GroupResult]:
+    if len(self._ready) < count:
+        return []
+    taken, self._ready = self._ready[-count:], self._ready[:-count]
+    return [self._results.pop(t) for t in taken]
 
 
 async def _late_weights(self: FakeWorkers, version: int, weights: int):  # type: ignore[no-untyped-def]
     """An engine that says it has the weights at once and gets them two steps later."""
-    from rl_core.types import Receipt
-    from tests.unit.fakes import probe
-
     self.version = max(self.version, version - 2)
     return [Receipt(worker="w0", version=version, pause_s=0.01, num_bytes=10, probe=(probe(version),))]
 
