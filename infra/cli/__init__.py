@@ -1,0 +1,5 @@
+"""The `polyrl` command."""
+
+from infra.cli.main import main
+
+__all__ = ["main"]
