@@ -34,8 +34,12 @@ class Stream:
 
     @property
     def expected(self) -> float:
-        """Groups trained, plus what those in flight should add."""
-        return self.trained + self.running * max(self.yielded, MIN_YIELD)
+        """Groups trained, plus what those in flight should add.
+
+        Filtered groups count too, at MIN_YIELD, once they are more than that yield explains: this is the limit on oversampling.
+        """
+        credited = max(self.trained, MIN_YIELD * (self.trained + self.filtered))
+        return credited + self.running * max(self.yielded, MIN_YIELD)
 
 
 class Mixer:
