@@ -13,13 +13,13 @@ was busy one more: six turns are a comfortable budget.
 
 from __future__ import annotations
 
-import difflib
 import random
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from environments.base import Observation, TaskDraft, TextEnv
+from environments.knobs import check_choices, check_range, read_knobs, shows_working
 from environments.tools.asks import KINDS, make_world
 from environments.tools.world import CORE, DISTRACTORS, Shop, State, ToolError, check_call
 from rl_core.types import Message, Status, Task, ToolCall, Turn, Verdict
@@ -28,6 +28,9 @@ SYSTEM = "Do what is asked with the tools. Answer with the value, or done."
 BUSY = "busy, try again"
 DONE = "done"
 
+KNOBS: dict[str, Any] = {"kinds": list(KINDS), "failure_rate": 0.05, "distractors": 2}
+"""kinds: of asks. failure_rate: chance that a call finds the shop busy, once per episode at most. distractors: tools that no ask needs."""
+
 MAX_BUSY = 1  # transient failures per episode, so that a turn budget can be planned
 MAX_ERRORS = 3  # refused calls per episode; one more ends it. Bounds a search for ids by trial.
 MAX_CALLS_PER_TURN = 4
@@ -35,26 +38,15 @@ MAX_ANSWER_CHARS = 80
 
 
 class ToolsEnv(TextEnv):
-    """Serve one ask at the desk.
-
-    Options: `kinds`, a list of names in asks.KINDS (default: all); `failure_rate`, the chance that a call finds the shop busy, once per
-    episode at most (default 0.05); `distractors`, how many tools that no ask needs are offered (0 to 4, default 2); `oracle_working`, the
-    share of oracle episodes that look ids up as a policy must (default 0.5).
-    """
+    """Serve one ask at the desk."""
 
     id: ClassVar[str] = "tools"
     version: ClassVar[str] = "1"
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        _kinds(options)
-        self._failure_rate = float(options.get("failure_rate", 0.05))
-        self._distractors = int(options.get("distractors", 2))
-        if not 0 <= self._failure_rate <= 1:
-            raise ValueError(f"tools: failure_rate is {self._failure_rate}, wanted 0 to 1")
-        if not 0 <= self._distractors <= len(DISTRACTORS):
-            raise ValueError(f"tools: distractors is {self._distractors}, wanted 0 to {len(DISTRACTORS)}")
-        self._tools = CORE + DISTRACTORS[: self._distractors]
+        self.knobs = checked_knobs(options)
+        self._tools = CORE + DISTRACTORS[: self.knobs["distractors"]]
         self._offered = frozenset(tool.name for tool in self._tools)
         self._shop: Shop | None = None
 
@@ -63,7 +55,7 @@ class ToolsEnv(TextEnv):
     @classmethod
     def make_task(cls, rng: random.Random, options: Mapping[str, Any]) -> TaskDraft:
         """A shop and an ask about it. Private: the shop's rows, the goal program, the answer, and the oracle's plan."""
-        kind = rng.choice(_kinds(options))
+        kind = rng.choice(checked_knobs(options)["kinds"])
         world = make_world(rng)
         ask = KINDS[kind](rng, world)
         private = {"world": world, "plan": ask.plan, "goal": ask.goal, "answer": ask.answer}
@@ -111,7 +103,7 @@ class ToolsEnv(TextEnv):
         try:
             if check_call(call.name, arguments).name not in self._offered:
                 raise ToolError("error: no such tool")
-            if self._dice.random() < self._failure_rate and self._busy < MAX_BUSY:
+            if self._dice.random() < self.knobs["failure_rate"] and self._busy < MAX_BUSY:
                 self._busy += 1
                 return BUSY
             return self._shop.call(call.name, arguments)
@@ -148,8 +140,7 @@ class ToolsEnv(TextEnv):
         """Serve the ask perfectly, in one of two styles chosen once per episode: working looks up each id that it uses, direct knows it."""
         assert self.task is not None
         if self._script is None:
-            working = rng.random() < float(self.options.get("oracle_working", 0.5))
-            self._script = _script(self.task, working=working)
+            self._script = _script(self.task, working=shows_working(self.knobs, rng))
         elif not (observation.messages and observation.messages[-1].content == BUSY):
             self._spoken += 1
         return self._script[min(self._spoken, len(self._script) - 1)]
@@ -191,11 +182,9 @@ def _first_difference(got: State, wanted: State) -> str:
     return "the same rows, in other numbers"
 
 
-def _kinds(options: Mapping[str, Any]) -> list[str]:
-    kinds = list(options.get("kinds") or KINDS)
-    for kind in kinds:
-        if kind not in KINDS:
-            near = difflib.get_close_matches(str(kind), KINDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"wanted some of {', '.join(KINDS)}"
-            raise ValueError(f"tools: unknown kind {kind!r}; {hint}")
-    return kinds
+def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
+    knobs = read_knobs(ToolsEnv.id, KNOBS, options)
+    check_choices(ToolsEnv.id, "kinds", knobs["kinds"], tuple(KINDS))
+    check_range(ToolsEnv.id, "failure_rate", knobs["failure_rate"], 0, 1)
+    check_range(ToolsEnv.id, "distractors", knobs["distractors"], 0, len(DISTRACTORS))
+    return knobs
