@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,11 +49,12 @@ CHARS_PER_TOKEN = 3.0
 TOKENS_PER_RECORD = 20
 """At most one distracting record per so many tokens: the rest is filler."""
 
-WORDS = tuple(
+SHORT_WORDS = (
     "ant axe arm ash bay bed bib bow bug cob cub den dip due ear eel egg elm fan fig fox fur gas gem gum ham hip hog hut ice ink ivy "
     "jam jet jig jug keg kid lab leg lid log lug mat mew mix mop mud nap net nib nod nut oak oil owl pad pea pie pod pug rag rib rod "
-    "rug sap sky sob sun tar tea tie top tub urn van vet vow wax web wig yak yew zip zoo".split()
+    "rug sap sky sob sun tar tea tie top tub urn van vet vow wax web wig yak yew zip zoo"
 )
+WORDS = tuple(SHORT_WORDS.split())
 """No two begin with the same two letters, so that a look-up is settled by the first token or two."""
 BEINGS = ("man", "girl", "king", "bird", "horse", "child", "train", "boat")
 DEEDS = ("saw", "left", "found", "passed", "liked", "missed")
@@ -172,7 +174,7 @@ def draw_entry(rng: random.Random, kind: str, fresh_key: Callable[[], str], knob
     if kind == "absent":
         return key, [], [f"{key}={NONE}"], NONE
     chain = [key] + [fresh_key() for _ in range(knobs["hops"] - 1 if kind == "join" else 0)]
-    aliases = [f"{a}->{b}" for a, b in zip(chain, chain[1:], strict=False)]
+    aliases = [f"{a}->{b}" for a, b in pairwise(chain)]
     count = 1 + (rng.randint(1, knobs["updates"]) if kind == "overwritten" else 0)
     values = [str(rng.randrange(10 ** (VALUE_DIGITS - 1), 10**VALUE_DIGITS)) for _ in range(count)]
     settings = [f"{chain[-1]}{' now' if i else ''}={value}" for i, value in enumerate(values)]

@@ -1,0 +1,136 @@
+"""EnvHost: the process in which episodes run, many at a time, each call in a thread of its caller's pool.
+
+    open(session, env, options, task) -> Observation      step(session, turn) -> Transition  ...  close(session)
+
+A plain class with thread-safe, blocking methods; a run wraps it in an actor with as many threads as episodes. An exception
+inside an environment is data: it becomes a Transition whose verdict says that we failed, and it can never become a reward.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from environments.base import TextEnv
+from environments.registry import resolve
+from environments.sandbox.base import SandboxUnavailable
+from rl_core.seams import Observation, Transition
+from rl_core.types import Status, Task, Turn, Verdict
+
+MAX_EVIDENCE_CHARS = 500
+
+log = logging.getLogger(__name__)
+Gym5 = tuple[dict[str, Any], float, bool, bool, dict[str, Any]]
+
+
+class EnvironmentFailure(RuntimeError):
+    """An episode could not be opened: our failure, never the policy's. One string argument, so that it survives pickling."""
+
+
+@dataclass(slots=True)
+class _Session:
+    env: TextEnv
+    lock: threading.Lock = field(default_factory=threading.Lock)  # an episode has one caller at a time; a late duplicate waits
+    closed: bool = False
+
+
+class EnvHost:
+    """Runs the episodes of all environments of a run."""
+
+    def __init__(self, sandbox: str = "auto") -> None:
+        self.sandbox = sandbox
+        """Backend for untrusted programs; environments get it as the option `sandbox` unless their config names one."""
+        self._sessions: dict[str, _Session] = {}
+        self._lock = threading.Lock()
+
+    def ping(self) -> int:
+        """How many sessions are open; answering at all says that the host lives."""
+        return len(self._sessions)
+
+    def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
+        """Start an episode of `task`. Raises EnvironmentFailure when the environment cannot start it."""
+        started = False
+        env: TextEnv | None = None
+        try:
+            env = resolve(env_id)(**{"sandbox": self.sandbox, **options})
+            observation = env.reset(options={"task": task})[1]["observation"]
+            if not isinstance(observation, Observation):
+                raise TypeError(f"begin() returned a {type(observation).__name__}, wanted an Observation")
+            with self._lock:
+                if session_id in self._sessions:
+                    raise ValueError(f"session {session_id!r} is open already; close it first")
+                self._sessions[session_id] = _Session(env)
+            started = True
+            return observation
+        except (Exception, SystemExit) as error:
+            log.warning("environment %s could not open task %s", env_id, task.key, exc_info=True)
+            raise EnvironmentFailure(f"environment {env_id!r}, task {task.key}: {describe(error)}") from None
+        finally:
+            if env is not None and not started:
+                _close(env)
+
+    def step(self, session_id: str, turn: Turn) -> Transition:
+        """Hand the policy's turn to the environment. Never raises for what happens inside it."""
+        return self._advance(session_id, lambda env: env.step(turn))
+
+    def truncate(self, session_id: str) -> Transition:
+        """End the episode because a budget ran out."""
+        return self._advance(session_id, lambda env: env.truncate())
+
+    def close(self, session_id: str) -> None:
+        """Forget the session. Closing one that is not open does nothing, so that clean-up may run twice."""
+        with self._lock:
+            session = self._sessions.pop(session_id, None)
+        if session is None:
+            return
+        with session.lock:
+            session.closed = True
+            _close(session.env)
+
+    def _advance(self, session_id: str, move: Callable[[TextEnv], Gym5]) -> Transition:
+        session = self._sessions.get(session_id)
+        if session is None:
+            return failed(Status.INFRA_ERROR, f"no open session {session_id!r}: this host was restarted, or the session was closed")
+        with session.lock:
+            if session.closed:
+                return failed(Status.INFRA_ERROR, f"session {session_id!r} was closed while a turn waited")
+            start = time.perf_counter()
+            try:
+                return to_transition(session.env, move(session.env), time.perf_counter() - start)
+            except (Exception, SystemExit) as error:
+                log.warning("environment %s failed in session %s", session.env.id, session_id, exc_info=True)
+                status = Status.INFRA_ERROR if isinstance(error, OSError | MemoryError | SandboxUnavailable) else Status.VERIFIER_ERROR
+                return failed(status, describe(error), seconds=time.perf_counter() - start)
+
+
+def to_transition(env: TextEnv, result: Gym5, seconds: float) -> Transition:
+    """Gymnasium's five values as a Transition; the verdict gets its latency and, if it names none, its verifier."""
+    _, _, terminated, truncated, info = result
+    observation, verdict = info["observation"], info.get("verdict")
+    if not isinstance(observation, Observation) or (terminated or truncated) != isinstance(verdict, Verdict):
+        raise TypeError(f"act() of {env.id!r} returned neither an Observation nor a Verdict")
+    if verdict is not None:
+        verdict = replace(verdict, latency_s=seconds, verifier_version=verdict.verifier_version or f"{env.id}/{env.version}")
+    return Transition(observation=observation, terminated=terminated, truncated=truncated, verdict=verdict)
+
+
+def failed(status: Status, message: str, *, seconds: float = 0.0) -> Transition:
+    """The end of an episode through a failure of ours: masked out of the loss and of its group's baseline."""
+    verdict = Verdict(status=status, reward=None, evidence={"error": message[:MAX_EVIDENCE_CHARS]}, latency_s=seconds)
+    return Transition(observation=Observation(messages=()), terminated=True, truncated=False, verdict=verdict)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one capped line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_EVIDENCE_CHARS]
+
+
+def _close(env: TextEnv) -> None:
+    try:
+        env.close()
+    except (Exception, SystemExit):
+        log.warning("closing environment %s failed", env.id, exc_info=True)
