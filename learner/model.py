@@ -1,0 +1,270 @@
+"""The policy as the learner sees it: hidden states, logprobs, the MTP head, and weights under the engine's names.
+
+Any causal LM that Transformers loads works. A NemotronH hybrid also gets fast paths for training without GPU kernels
+(`mamba_scan`, `moe`) and its MTP head (`mtp`). Sequences are right-padded: the models are causal, so padding needs no mask,
+and what stands at padded positions is for the caller to ignore.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from learner import mamba_scan, moe
+from learner.mamba_scan import at_least_float32
+from learner.mtp import MTPHead
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+
+class PolicyModel(nn.Module):
+    """A causal LM and, if the checkpoint has one, its MTP head. Made by `from_pretrained` or `from_config`."""
+
+    def __init__(self, lm: Any, mtp: MTPHead | None, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.lm = lm
+        self.mtp = mtp
+        self.gradient_checkpointing = gradient_checkpointing
+        self.is_hybrid = isinstance(lm, NemotronHForCausalLM)
+        head = lm.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ValueError(f"the LM head of {type(lm).__name__} is a {type(head).__name__}; wanted a plain Linear")
+        head.forward = MethodType(_head_forward, head)
+        if self.is_hybrid:
+            _install_fast_paths(lm)
+
+    @staticmethod
+    def from_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False) -> PolicyModel:
+        """Load a Hugging Face checkpoint folder, with its `mtp.*` weights if it is a NemotronH that has them."""
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        mtp = None
+        if isinstance(lm, NemotronHForCausalLM) and lm.config.num_nextn_predict_layers:
+            stored = dict(_stored_tensors(Path(path), "mtp."))
+            if not stored:
+                raise ValueError(f"{path}: config.json promises an MTP layer (num_nextn_predict_layers), but no file holds `mtp.*` weights")
+            mtp = MTPHead(lm.config)
+            wanted = mtp.state_dict()
+            mtp.load_state_dict(_stack_experts({name: tensor.to(dtype) for name, tensor in stored.items()}, wanted))
+            mtp = _cast(mtp, dtype)
+        return PolicyModel(lm, mtp, gradient_checkpointing=gradient_checkpointing)
+
+    @staticmethod
+    def from_config(config: NemotronHConfig, seed: int) -> PolicyModel:
+        """A new random float32 model, the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lm = NemotronHForCausalLM(config)
+            mtp = None
+            if config.num_nextn_predict_layers:
+                mtp = MTPHead(lm.config)
+                mtp.initialise(config.initializer_range)
+        return PolicyModel(lm, mtp)
+
+    @property
+    def has_mtp(self) -> bool:
+        return self.mtp is not None
+
+    @property
+    def config(self) -> Any:
+        return self.lm.config
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Final normed hidden states [B, L, D] of right-padded ids [B, L]."""
+        if not self.is_hybrid:
+            if self.gradient_checkpointing and not self.lm.is_gradient_checkpointing:
+                self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            return self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        trunk = self.lm.model
+        hidden = trunk.embeddings(input_ids)
+        for block in trunk.layers:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, use_reentrant=False)
+            else:
+                hidden = block(hidden)
+        return trunk.norm_f(hidden)
+
+    def logits(self, hidden: Tensor, *, frozen_head: bool = False) -> Tensor:
+        """hidden [..., D] -> float32 logits [..., V]. With `frozen_head` the LM head gets no gradient (the MTP loss)."""
+        return at_least_float32(self.lm.get_output_embeddings()(hidden, frozen=frozen_head))
+
+    def token_logprobs(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float | Tensor = 1.0,
+        *,
+        chunk: int = 4096,
+        frozen_head: bool = False,
+        entropy_grad: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Logprobs of `targets` and the entropy of the whole distribution, in nats, float32, in the shape of `targets`.
+
+        hidden [..., D]; targets [...]; temperature: a number, or one per target. Positions go through the LM head `chunk`
+        at a time and are recomputed in the backward pass, so that [positions, V] is never held as a whole. The entropy
+        carries a gradient only if asked for.
+        """
+        flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+        scale = temperature.reshape(-1, 1) if isinstance(temperature, Tensor) else torch.full((ids.numel(), 1), temperature)
+        scale = scale.to(device=flat.device, dtype=torch.float32)
+
+        def part(hidden: Tensor, ids: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+            logprobs = (self.logits(hidden, frozen_head=frozen_head) / scale).log_softmax(-1)
+            with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+                entropy = -(logprobs.exp() * logprobs).sum(-1)
+            return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy
+
+        if ids.numel() <= chunk:
+            logprobs, entropy = part(flat, ids, scale)
+        else:
+            pieces = [
+                checkpoint(part, *piece, use_reentrant=False)
+                for piece in zip(flat.split(chunk), ids.split(chunk), scale.split(chunk), strict=True)
+            ]
+            logprobs, entropy = (torch.cat(column) for column in zip(*pieces, strict=True))
+        return logprobs.view(targets.shape), entropy.view(targets.shape)
+
+    def mtp_hidden(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """Hidden states of the MTP head: [B, L, D] and ids [B, L] -> [B, L-1, D]; position t predicts token t+2.
+
+        Pass `hidden` detached, and the result to `logits` or `token_logprobs` with `frozen_head=True`: then the MTP loss
+        trains the MTP head alone. The shared embedding is detached here.
+        """
+        if self.mtp is None:
+            raise ValueError("this model has no MTP head; ask `has_mtp` first")
+        embedded = self.lm.get_input_embeddings()(input_ids[:, 1:]).detach()
+        return self.mtp(hidden[:, :-1], embedded)
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """Weights that choose experts. Frozen in RL by default, so that learner and engine keep routing alike."""
+        return [p for name, p in self.named_parameters() if name.endswith((".mixer.gate.weight", ".mlp.gate.weight"))]
+
+    def engine_state(self) -> dict[str, Tensor]:
+        """All weights, detached and on the model's device, under the checkpoint names that vLLM's `load_weights` wants.
+
+        For a hybrid: `backbone.*`, experts one by one, `lm_head.weight`, `mtp.*`. Views where possible: copy before training on.
+        """
+        state = {name: tensor.detach() for name, tensor in self.lm.state_dict().items()}
+        if not self.is_hybrid:
+            state = {name: tensor.detach() for name, tensor in revert_weight_conversion(self.lm, state).items()}
+            if self.config.tie_word_embeddings:
+                state.pop("lm_head.weight", None)
+            return state
+        trunk = {"backbone." + name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+        state = _unstack_experts(trunk) | {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
+        if self.mtp is not None:
+            state |= _unstack_experts({"mtp." + name: tensor.detach() for name, tensor in self.mtp.state_dict().items()})
+        return state
+
+    def save_pretrained(self, path: str | Path, tokenizer_path: str | Path | None = None) -> None:
+        """Write a checkpoint folder that Transformers, vLLM and `from_pretrained` load; with a tokenizer's files if given."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self.config.architectures = [type(self.lm).__name__]
+        self.config.dtype = next(self.lm.parameters()).dtype
+        self.config.save_pretrained(path)
+        state = {name: tensor.clone() for name, tensor in self.engine_state().items()}  # clone: experts are views of one tensor
+        save_torch_state_dict(state, path)
+        for name in TOKENIZER_FILES if tokenizer_path is not None else ():
+            source = Path(tokenizer_path or "", name)
+            if source.is_file() and source.resolve() != (path / name).resolve():
+                shutil.copyfile(source, path / name)
+
+
+def seed_config(vocab_size: int) -> NemotronHConfig:
+    """The small hybrid that ships with the project: 1 to 2 million parameters, fast on one CPU core."""
+    return NemotronHConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        layers_block_type=["linear_attention", "moe", "full_attention", "linear_attention", "moe", "full_attention", "moe"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=256,
+        max_position_embeddings=32768,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=1,
+        conv_kernel=4,
+        chunk_size=64,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        moe_shared_expert_intermediate_size=256,
+        moe_latent_size=64,
+        num_nextn_predict_layers=1,
+        mtp_layers_block_type=["full_attention", "moe"],
+        initializer_range=0.04,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def _head_forward(self: nn.Linear, hidden: Tensor, frozen: bool = False) -> Tensor:
+    return F.linear(hidden, self.weight.detach() if frozen else self.weight, self.bias)
+
+
+def _install_fast_paths(lm: Any) -> None:
+    for block in lm.model.layers:
+        if block.block_type == "linear_attention":
+            mamba_scan.install(block.mixer)
+        elif block.block_type == "moe":
+            moe.install(block.mixer)
+
+
+def _cast(module: Any, dtype: torch.dtype) -> Any:
+    """To `dtype`, except for the router's balancing bias, which is float32 everywhere."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def _stored_tensors(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """(name without prefix, tensor) of a checkpoint folder, reading only the files that hold such names."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({file for name, file in json.loads(index.read_text())["weight_map"].items() if name.startswith(prefix)})
+    else:
+        files = ["model.safetensors"]
+    for file in files:
+        with safe_open(path / file, framework="pt") as tensors:
+            for name in list(tensors.keys()):
+                if name.startswith(prefix):
+                    yield name.removeprefix(prefix), tensors.get_tensor(name)
+
+
+def _unstack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`mixer.experts.up_proj` [E, ...] -> `mixer.experts.0.up_proj.weight` and so on, as checkpoints store experts."""
+    out = {}
+    for name, tensor in state.items():
+        head, _, tail = name.rpartition(".")
+        if head.endswith(".mixer.experts"):
+            out |= {f"{head}.{expert}.{tail}.weight": part for expert, part in enumerate(tensor)}
+        else:
+            out[name] = tensor
+    return out
+
+
+def _stack_experts(stored: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `_unstack_experts`, for the names in `wanted`. A missing name is left for `load_state_dict` to report."""
+    out = dict(stored)
+    for name, tensor in wanted.items():
+        head, _, tail = name.rpartition(".")
+        parts = [f"{head}.{expert}.{tail}.weight" for expert in range(len(tensor))] if head.endswith(".mixer.experts") else []
+        if parts and all(part in out for part in parts):
+            out[name] = torch.stack([out.pop(part) for part in parts])
+    return out
