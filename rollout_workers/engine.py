@@ -1,0 +1,291 @@
+"""One vLLM engine: exact ids in and out, behaviour logprobs, and new weights without ending a sequence.
+
+    sample()        prompt ids -> Completion, its tokens stamped with the policy version that sampled each
+    load_weights()  pause(keep) -> policy -> draft -> version -> resume -> probe, the proof that goes back to the learner
+
+This module and `vllm_plugin` are the only importers of vLLM. The engine proper lives in a process of its own, which ends with
+this one whatever happens to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from rl_core.config import RolloutConfig
+from rl_core.types import Completion, Receipt, SamplingParams, VersionSpan
+from rollout_workers.vllm_plugin import BACKEND, OWNER_VARIABLE
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+PROBES = 4
+"""Completions sampled after every weight update as its proof. Their places in the batch are kept free, so that a proof never
+queues behind the run's own work."""
+PROBE_TOKENS = 24
+"""Tokens per probe: 96 in all, enough for a mean; a wrong recurrent state shows after three or four."""
+
+WARM_UP_TOKENS = 8
+CONTROL_TIMEOUT_S = 120.0
+"""Bound on one control call (pause, load, resume). They take milliseconds; a step of 32k prefill tokens may come first."""
+PROBE_TIMEOUT_S = 300.0
+
+
+class EngineError(RuntimeError):
+    """An engine does not do what it was asked. The message is a sentence; the worker that hosts it is restarted."""
+
+
+class Engine:
+    """Hosts one vLLM engine. Create it with `await Engine.start(...)`; end it with `shutdown()`."""
+
+    def __init__(self, llm: Any, *, name: str, rollout: RolloutConfig, stop_ids: Sequence[int], vocab_size: int, version: int) -> None:
+        self.name, self.version = name, version
+        self._llm = llm
+        self._rollout = rollout
+        self._stop_ids = list(stop_ids)
+        self._probe_prompts = probe_prompts(vocab_size)
+        self._room = asyncio.Semaphore(rollout.max_num_seqs)
+        self._loading = asyncio.Lock()
+        self._processes = _descendants()
+
+    @staticmethod
+    async def start(
+        *, name: str, model_path: str, dtype: str, rollout: RolloutConfig, stop_ids: Sequence[int], seed: int = 0, version: int = 0
+    ) -> Engine:
+        """Load the checkpoint, warm up, and serve as policy `version`. Blocks the event loop while vLLM loads (10 to 20 s on CPU)."""
+        os.environ.update(environment(rollout))
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = engine_arguments(model_path, dtype, rollout, seed)
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        vocab_size = int(llm.model_config.get_vocab_size())
+        engine = Engine(llm, name=name, rollout=rollout, stop_ids=stop_ids, vocab_size=vocab_size, version=version)
+        await engine._prepare()
+        return engine
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str) -> Completion:
+        """Sample until a stop id or `max_tokens`. Cancelling the awaiting task frees the sequence."""
+        room = self._rollout.max_model_len - len(prompt_ids)
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {len(prompt_ids)} tokens leaves no room to answer: rollout.max_model_len is {self._rollout.max_model_len}"
+            )
+        async with self._room:
+            return await self._generate(prompt_ids, params, min(params.max_tokens, room), self._stop_ids, request_id)
+
+    async def load_weights(self, version: int, blob: NDArray[np.uint8]) -> Receipt:
+        """Bring `blob` (a safetensors file's bytes: policy and `mtp.*` tensors) into policy and draft; running sequences go on under it.
+
+        Returns once fresh completions were sampled under `version`. If this raises, the engine's weights are unknown: restart it.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        async with self._loading:
+            with in_memory_file(blob) as path:
+                update = WeightTransferUpdateRequest({"path": path})
+                began = time.monotonic()
+                await self._control(self._llm.pause_generation(mode="keep", clear_cache=False), "pause")
+                await self._control(self._llm.start_weight_update(), "begin a weight update")
+                await self._control(self._llm.update_weights(update), "load the policy")
+                await self._control(self._llm.finish_weight_update(str(version)), "finish the policy's update")
+                if self._rollout.speculative_tokens:
+                    await self._control(self._llm.start_draft_weight_update(), "begin the draft's update")
+                    await self._control(self._llm.update_weights(update), "load the draft")
+                    await self._control(self._llm.finish_weight_update(), "finish the draft's update")
+                self.version = version
+                await self._control(self._llm.resume_generation(), "resume")
+                pause_s = time.monotonic() - began
+            probe = await self._probe(version)
+        return Receipt(worker=self.name, version=version, pause_s=pause_s, num_bytes=int(blob.nbytes), probe=probe)
+
+    def shutdown(self) -> None:
+        """End the engine's processes, by force if they do not end by themselves."""
+        self._llm.shutdown()
+        _, alive = psutil.wait_procs(self._processes, timeout=5)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=5)
+
+    async def _prepare(self) -> None:
+        """Name the version, open the weight channel, and take the first slow steps before anybody waits for them."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._control(self._llm.init_weight_transfer_engine(WeightTransferInitRequest({})), "open its weight channel")
+        await self._control(self._llm.update_weight_version(str(self.version)), "name its version")
+        params = SamplingParams(max_tokens=WARM_UP_TOKENS)
+        count = self._rollout.max_num_seqs
+        prompts = [self._probe_prompts[i % PROBES] for i in range(count)]
+        work = [self._generate(ids, params, WARM_UP_TOKENS, [], f"warm-up-{i}") for i, ids in enumerate(prompts)]
+        await self._bounded(asyncio.gather(*work), PROBE_TIMEOUT_S, "warm up")
+
+    async def _probe(self, version: int) -> tuple[Completion, ...]:
+        params = SamplingParams(max_tokens=PROBE_TOKENS, temperature=1.0)
+        work = [
+            self._generate(ids, params, PROBE_TOKENS, [], f"probe-{version}-{i}-{time.monotonic_ns()}")
+            for i, ids in enumerate(self._probe_prompts)
+        ]
+        probe = await self._bounded(asyncio.gather(*work), PROBE_TIMEOUT_S, "sample its probes")
+        if wrong := {s.version for c in probe for s in c.spans} - {version}:
+            raise EngineError(f"worker {self.name} sampled probes of version {version} under {sorted(wrong)}: updates overlapped")
+        return tuple(probe)
+
+    async def _generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, max_tokens: int, stop_ids: list[int], request_id: str
+    ) -> Completion:
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        request = vllm.SamplingParams(
+            max_tokens=max_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            seed=params.seed,
+            stop_token_ids=stop_ids,
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            skip_clone=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        final: Any = None
+        prompt = [int(i) for i in prompt_ids]
+        async for output in self._llm.generate({"prompt_token_ids": prompt}, request, request_id):
+            final = output
+        if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
+            reason = None if final is None else final.outputs[0].finish_reason
+            raise EngineError(f"worker {self.name} gave up request {request_id} (finish reason {reason!r}); wanted 'stop' or 'length'")
+        return completion(prompt, final.outputs[0], speculative=bool(self._rollout.speculative_tokens))
+
+    async def _control(self, call: Awaitable[T], what: str) -> T:
+        return await self._bounded(call, CONTROL_TIMEOUT_S, what)
+
+    async def _bounded(self, call: Awaitable[T], seconds: float, what: str) -> T:
+        try:
+            return await asyncio.wait_for(call, seconds)
+        except TimeoutError:
+            raise EngineError(f"worker {self.name} did not {what} within {seconds:.0f} s") from None
+
+
+def completion(prompt: Sequence[int], output: Any, *, speculative: bool) -> Completion:
+    """A Completion from what vLLM reports of a finished sequence.
+
+    A verifying step of the policy yields its accepted drafts and one token more; any other step yields one token:
+
+        T = plain steps + verifying steps + accepted      (less what stood behind a stop token)
+    """
+    ids = np.asarray(output.token_ids, np.int32)
+    flat = output.logprobs
+    logprobs = np.asarray([flat.logprobs[start] for start in flat.start_indices], np.float32)
+    chosen = np.asarray([flat.token_ids[start] for start in flat.start_indices], np.int32)
+    assert np.array_equal(ids, chosen), f"logprobs of tokens {chosen} came for sampled tokens {ids}"
+    steps, drafted, accepted = len(ids), 0, 0
+    if speculative and (metrics := output.spec_decode_metrics) is not None:
+        verifying = sum(metrics.histogram)
+        drafted = metrics.num_draft_tokens
+        accepted = sum(count * times for count, times in enumerate(metrics.histogram))
+        steps = verifying + max(1, len(ids) - verifying - accepted)
+    spans = tuple(VersionSpan(start=s.start, stop=s.end, version=int(s.version)) for s in output.weight_versions or ())
+    return Completion(
+        prompt_ids=np.asarray(prompt, np.int32),
+        token_ids=ids,
+        logprobs=logprobs,
+        spans=spans,
+        finish_reason=output.finish_reason,
+        engine_steps=steps,
+        drafted=drafted,
+        accepted=accepted,
+    )
+
+
+def engine_arguments(model_path: str, dtype: str, rollout: RolloutConfig, seed: int) -> dict[str, Any]:
+    """vLLM's arguments."""
+    from vllm.platforms import current_platform
+
+    k = rollout.speculative_tokens
+    arguments: dict[str, Any] = {
+        "model": model_path,
+        "dtype": dtype,
+        "seed": seed,
+        "skip_tokenizer_init": True,  # ids in, ids out: text never passes through here
+        "enforce_eager": current_platform.is_cpu(),
+        # A prefix cache would serve states of old weights after an update; with MTP on a hybrid model it does not run on CPU at all.
+        "enable_prefix_caching": False,
+        # Room behind the longest sequence, so that drafting never meets the limit (wrong logprobs there: vllm#38711).
+        "max_model_len": rollout.max_model_len + 1 + k,
+        "max_num_seqs": rollout.max_num_seqs + PROBES,
+        "max_num_batched_tokens": max(rollout.max_batched_tokens, (rollout.max_num_seqs + PROBES) * (1 + k)),
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from: temperature and top-p included
+        "weight_transfer_config": {"backend": BACKEND},
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+    }
+    if current_platform.is_cpu():
+        arguments["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
+    if k:
+        if not has_mtp(model_path):
+            raise EngineError(
+                f"{model_path} has no MTP layer to draft with (num_nextn_predict_layers is missing in config.json); "
+                f"set rollout.speculative_tokens=0"
+            )
+        arguments["speculative_config"] = {"method": "mtp", "num_speculative_tokens": k}
+        arguments["per_request_spec_decode_metrics"] = "summary"
+    return arguments
+
+
+def environment(rollout: RolloutConfig) -> dict[str, str]:
+    """Environment variables that this process must have before vLLM is imported; engine processes inherit them."""
+    return {
+        OWNER_VARIABLE: str(os.getpid()),
+        "OMP_NUM_THREADS": str(rollout.num_threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # learner and environments share the cores; a pinned engine would lose its own to them
+        # Keeps the model in the engine's own process. vLLM otherwise adds one more on CPU, and a hop through it to every step.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # for the few places behind the longest sequence only
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def has_mtp(model_path: str) -> bool:
+    """Whether a checkpoint folder carries a multi-token-prediction layer."""
+    config = json.loads(Path(model_path, "config.json").read_text())
+    return bool(config.get("num_nextn_predict_layers"))
+
+
+def probe_prompts(vocab_size: int) -> list[list[int]]:
+    """Fixed prompts of different lengths. Any ids will do: what is compared is two computations of the same numbers."""
+    rng = np.random.default_rng(20)
+    return [rng.integers(0, vocab_size, 8 * 2**i).tolist() for i in range(PROBES)]
+
+
+@contextmanager
+def in_memory_file(blob: NDArray[np.uint8]) -> Iterator[str]:
+    """A path under which other processes of this user can read `blob`. It holds no disk, and goes with this process at the latest."""
+    descriptor = os.memfd_create("polyrl-weights")
+    try:
+        view = memoryview(np.ascontiguousarray(blob)).cast("B")
+        while view:
+            view = view[os.write(descriptor, view) :]
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def _descendants() -> list[psutil.Process]:
+    """The engine processes: children of this process that vLLM named so, and what they started."""
+    engines = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name() or "EngineCore" in " ".join(p.cmdline())]
+    return [*engines, *(child for engine in engines for child in engine.children(recursive=True))]

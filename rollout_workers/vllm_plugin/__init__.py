@@ -1,0 +1,63 @@
+"""What vLLM's own engine processes need from us; they find it by the entry point `vllm.general_plugins`.
+
+Everywhere: the weight-transfer backend "polyrl", and an engine process that never outlives the process that owns it.
+On CPU only, where stock vLLM 0.32 is wrong or refuses for Mamba-2 / attention / MoE hybrids:
+
+    conv_update.py   speculative decoding left rejected draft tokens in the convolution state (silently wrong samples)
+    latent_moe.py    ungated (relu^2) experts are refused
+
+On CUDA no layer is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+
+OWNER_VARIABLE = "POLYRL_ENGINE_OWNER"
+"""Environment variable with the id of the process that owns an engine; inherited by the engine's processes."""
+
+BACKEND = "polyrl"
+"""Name of our weight-transfer engine."""
+
+
+def register() -> None:
+    """Called once or more in every vLLM process, before the model is built."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.platforms import current_platform
+
+    _die_with_owner()
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, "rollout_workers.vllm_plugin.weights", "SharedMemoryWeights")
+    if current_platform.is_cpu():
+        from rollout_workers.vllm_plugin import conv_update, latent_moe
+
+        conv_update.install()
+        latent_moe.install()
+
+
+_watched: list[int] = []
+
+
+def _die_with_owner() -> None:
+    """End this process when the owner is gone: a killed Ray actor cannot shut its engine down, and an orphan would keep its cores.
+
+    Waiting on a pidfd costs nothing and, unlike a parent-death signal, does not depend on which of the owner's threads forked.
+    """
+    owner = int(os.environ.get(OWNER_VARIABLE, "0"))
+    if not owner or owner == os.getpid() or _watched:
+        return
+    _watched.append(owner)
+    try:
+        pidfd = os.pidfd_open(owner)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def watch() -> None:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
