@@ -1,0 +1,127 @@
+"""The types that every sandbox backend speaks, and the gate that bounds how many programs run at the same time."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal, Protocol
+
+Kind = Literal["finished", "timeout", "oom", "output_limit", "infra_error"]
+READY = b"ready\n"
+"""The runner's first words, written before it has seen the program: without them, nothing of the policy's ran."""
+
+
+class SandboxUnavailable(RuntimeError):
+    """No backend can isolate on this machine. The message says what to install."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one job may use."""
+
+    wall_s: float = 12.0  # the whole job, by the host's clock
+    case_wall_s: float = 6.0  # one input
+    cpu_s: int = 2  # one process; whole seconds
+    memory_mb: int = 256  # all processes and temporary files together; one process may map twice that
+    processes: int = 32
+    open_files: int = 64
+    file_mb: int = 8  # one file
+    tmp_mb: int = 16  # all temporary files
+    case_output_bytes: int = 65_536  # one input's output
+    output_bytes: int = 2_000_000  # all outputs, as encoded by the runner
+    stderr_bytes: int = 262_144  # more than this kills the job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxJob:
+    """One program and its inputs. Expected outputs have no place here: they never enter a sandbox."""
+
+    program: str
+    mode: Literal["function", "stdin"] | str
+    """"function": call `entry` with each input (a JSON value). "stdin": run the program once per input (a string)."""
+    inputs: tuple[Any, ...]
+    entry: str = "f"
+    limits: Limits = field(default_factory=Limits)
+
+    def payload(self) -> bytes:
+        """What the runner reads: the number of bytes on a line of its own, then that many bytes of JSON."""
+        limits = self.limits
+        body = json.dumps(
+            {
+                "program": self.program,
+                "mode": self.mode,
+                "entry": self.entry,
+                "inputs": list(self.inputs),
+                "case_wall_s": limits.case_wall_s,
+                "cpu_s": limits.cpu_s,
+                "memory_bytes": 2 * limits.memory_mb << 20,
+                "file_bytes": limits.file_mb << 20,
+                "open_files": limits.open_files,
+                "case_output_bytes": limits.case_output_bytes,
+            }
+        ).encode()
+        return b"%d\n" % len(body) + body
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxResult:
+    """What came out. `kind` is decided by the host and the kernel, never from what the program wrote."""
+
+    kind: Kind
+    stdout: bytes
+    """The runner's lines, one JSON object per input, without READY. Hostile: the program may have written them."""
+    stderr_tail: str
+    wall_s: float
+
+
+class Sandbox(Protocol):
+    """A backend. `run` may be called from many threads and never raises for anything that a program does."""
+
+    name: str
+
+    def run(self, job: SandboxJob) -> SandboxResult: ...
+    def close(self) -> None: ...
+
+
+def runner_source() -> str:
+    """The trusted program that runs inside, handed over on the command line so that an image needs nothing but Python."""
+    return resources.files("environments.sandbox").joinpath("runner.py").read_text(encoding="utf-8")
+
+
+class Gate:
+    """At most `width` programs at the same time in this process; each holds a slot number while it runs."""
+
+    def __init__(self, width: int) -> None:
+        if width < 1:
+            raise ValueError(f"{width} concurrent sandboxes; wanted at least 1")
+        self.width = width
+        self._free = list(range(width))
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def slot(self) -> Iterator[int]:
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._free))
+            number = self._free.pop()
+        try:
+            yield number
+        finally:
+            with self._changed:
+                self._free.append(number)
+                self._changed.notify()
+
+
+def default_width() -> int:
+    """Concurrent programs: POLYRL_SANDBOXES, or 2. Programs are bursts of CPU beside engines that want all of it."""
+    return int(os.environ.get("POLYRL_SANDBOXES", "2"))
+
+
+def tail(data: bytes, limit: int = 2000) -> str:
+    """The end of hostile bytes as printable text."""
+    text = data[-limit:].decode("utf-8", "replace")
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)

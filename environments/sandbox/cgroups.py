@@ -1,0 +1,107 @@
+"""Memory and process limits over a whole tree of processes, where this process may write to cgroups (v1 or v2).
+
+Resource limits bind single processes; a control group binds all that a program forks. Without the right to make one, a
+sandbox still has the former: `CgroupFactory.open` then returns None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from pathlib import Path
+
+from environments.sandbox.base import Limits
+
+_ROOT = Path("/sys/fs/cgroup")
+_OVERHEAD = 8
+"""Processes of the sandbox itself beside the program's."""
+
+
+class Cgroup:
+    """One group, in one directory (v2) or one per controller (v1)."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.folders = folders
+
+    @property
+    def joins(self) -> list[str]:
+        """Files into which a process writes its id to join."""
+        return [str(folder / "cgroup.procs") for folder in self.folders]
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the kernel killed one of its processes for memory."""
+        for folder in self.folders:
+            for name in ("memory.events", "memory.oom_control"):
+                with contextlib.suppress(OSError):
+                    counts = dict(line.split() for line in (folder / name).read_text().splitlines())
+                    if int(counts.get("oom_kill", 0)) > 0:
+                        return True
+        return False
+
+    def remove(self) -> None:
+        """Kill what is left in it, and delete it."""
+        for folder in self.folders:
+            for _ in range(100):
+                with contextlib.suppress(OSError):
+                    for pid in (folder / "cgroup.procs").read_text().split():
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(int(pid), 9)
+                try:
+                    folder.rmdir()
+                    break
+                except FileNotFoundError:
+                    break
+                except OSError:  # a killed process takes a moment to leave
+                    time.sleep(0.01)
+
+
+class CgroupFactory:
+    """Makes groups below `root`. `why_not` says why it cannot, if it cannot."""
+
+    def __init__(self, root: Path = _ROOT) -> None:
+        self._root = root
+        self._counter = itertools.count()
+        self._v2 = (root / "cgroup.controllers").is_file()
+        self.why_not = ""
+        try:
+            self._prepare()
+            probe = self._make(Limits())
+            probe.remove()
+        except OSError as error:
+            self.why_not = f"{type(error).__name__}: {error}"
+
+    def open(self, limits: Limits) -> Cgroup | None:
+        return None if self.why_not else self._make(limits)
+
+    def _prepare(self) -> None:
+        if self._v2:
+            controllers = (self._root / "cgroup.controllers").read_text().split()
+            missing = {"memory", "pids"} - set(controllers)
+            if missing:
+                raise FileNotFoundError(f"cgroup v2 without the controllers {sorted(missing)}")
+            (self._root / "cgroup.subtree_control").write_text("+memory +pids")
+        elif not all((self._root / name / "cgroup.procs").is_file() for name in ("memory", "pids")):
+            raise FileNotFoundError(f"no cgroup controllers memory and pids below {self._root}")
+
+    def _make(self, limits: Limits) -> Cgroup:
+        name = f"polyrl-{os.getpid()}-{next(self._counter)}"
+        parents = [self._root] if self._v2 else [self._root / "memory", self._root / "pids"]
+        group = Cgroup([parent / name for parent in parents])
+        try:
+            for folder in group.folders:
+                folder.mkdir()
+            first, last = group.folders[0], group.folders[-1]
+            size = str(limits.memory_mb << 20)
+            (first / ("memory.max" if self._v2 else "memory.limit_in_bytes")).write_text(size)
+            # No swap, where swap is accounted for: v2 counts swap alone, v1 counts memory and swap together.
+            swap = first / ("memory.swap.max" if self._v2 else "memory.memsw.limit_in_bytes")
+            if swap.exists():
+                swap.write_text("0" if self._v2 else size)
+            (last / "pids.max").write_text(str(limits.processes + _OVERHEAD))
+        except OSError:
+            group.remove()
+            raise
+        return group

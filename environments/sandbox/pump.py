@@ -1,0 +1,110 @@
+"""Feed a job to a runner and read what comes back, within a deadline and byte limits, whatever the other side does.
+
+Backends give a `Channel`: raw file descriptors for bubblewrap, a multiplexed socket for Docker.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from environments.sandbox.base import READY, Kind, Limits
+
+_CHUNK = 65_536
+
+
+class Channel(Protocol):
+    """The three streams of one runner. `read` returns ("out"|"err", bytes) pieces; `open` turns False at the end of stdout."""
+
+    open: bool
+
+    def filenos(self) -> tuple[list[int], list[int]]:
+        """(to poll for reading, to poll for writing)."""
+        ...
+
+    def read(self, fd: int) -> list[tuple[str, bytes]]: ...
+    def write(self, data: bytes) -> int: ...
+
+
+@dataclass(kw_only=True)
+class Transcript:
+    """What a runner said so far."""
+
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+
+    @property
+    def ready(self) -> bool:
+        return self.stdout.startswith(READY)
+
+    @property
+    def answer(self) -> bytes:
+        """Stdout after READY."""
+        return bytes(self.stdout[len(READY) :])
+
+
+def pump(channel: Channel, payload: bytes, limits: Limits) -> tuple[Kind, Transcript]:
+    """Write `payload`, read until the end. The kind is finished, timeout, output_limit, or infra_error (never said ready)."""
+    transcript = Transcript()
+    deadline = time.monotonic() + limits.wall_s
+    pending = memoryview(payload)
+    kind: Kind = "finished"
+    while channel.open and kind == "finished":
+        left = deadline - time.monotonic()
+        if left <= 0:
+            kind = "timeout"
+            break
+        readers, writers = channel.filenos()
+        poll = select.poll()
+        for fd in readers:
+            poll.register(fd, select.POLLIN)
+        for fd in writers if pending else ():
+            poll.register(fd, select.POLLOUT | (select.POLLIN if fd in readers else 0))
+        for fd, events in poll.poll(left * 1000):
+            if fd in readers and events & ~select.POLLOUT:
+                for stream, data in channel.read(fd):
+                    (transcript.stdout if stream == "out" else transcript.stderr).extend(data)
+            elif fd in writers:
+                try:
+                    pending = pending[channel.write(bytes(pending[:_CHUNK])) :]
+                except (BrokenPipeError, ConnectionResetError):
+                    pending = memoryview(b"")  # the runner is gone or reads no more; what it said until now decides
+        if len(transcript.stdout) > limits.output_bytes or len(transcript.stderr) > limits.stderr_bytes:
+            kind = "output_limit"
+    if not transcript.ready:
+        return "infra_error", transcript
+    return kind, transcript
+
+
+class Pipes:
+    """The Channel of a subprocess: three pipes of ours."""
+
+    def __init__(self, stdin: int, stdout: int, stderr: int) -> None:
+        self.open = True
+        self._stdin = stdin
+        self._reading = {stdout: "out", stderr: "err"}
+        for fd in (stdin, stdout, stderr):
+            os.set_blocking(fd, False)
+
+    def filenos(self) -> tuple[list[int], list[int]]:
+        return list(self._reading), [self._stdin]
+
+    def read(self, fd: int) -> list[tuple[str, bytes]]:
+        stream = self._reading[fd]
+        try:
+            data = os.read(fd, _CHUNK)
+        except BlockingIOError:
+            return []
+        if not data:
+            del self._reading[fd]
+            self.open = "out" in self._reading.values()
+        return [(stream, data)]
+
+    def write(self, data: bytes) -> int:
+        try:
+            return os.write(self._stdin, data)
+        except BlockingIOError:
+            return 0

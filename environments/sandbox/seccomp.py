@@ -1,0 +1,59 @@
+"""A seccomp filter for bubblewrap: a deny list of system calls that no program of a task needs and that widen the kernel's surface.
+
+Classic BPF, assembled here because libseccomp is not everywhere. Docker brings its own default profile, which denies the same.
+
+    load arch; unless it is ours: kill.  load number; for each denied: equal -> return EPERM.  allow.
+"""
+
+from __future__ import annotations
+
+import platform
+import struct
+
+_LOAD_WORD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_ALLOW, _EPERM, _KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000
+_X32_BIT = 0x40000000
+"""On x86-64 a number with this bit is the x32 variant of the same call: denied altogether, or the list could be walked around."""
+
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+# name: (number on x86-64, on aarch64); None where the call does not exist.
+_DENIED: dict[str, tuple[int | None, int | None]] = {
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
+    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
+    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432),
+    "fspick": (433, 433), "mount_setattr": (442, 442), "personality": (135, 92), "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265), "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106),
+    "kexec_load": (246, 104), "kexec_file_load": (320, 294), "reboot": (169, 142), "swapon": (167, 224), "swapoff": (168, 225),
+    "acct": (163, 89), "quotactl": (179, 60), "syslog": (103, 116), "lookup_dcookie": (212, 18), "mbind": (237, 235),
+    "set_mempolicy": (238, 237), "move_pages": (279, 239), "migrate_pages": (256, 238), "iopl": (172, None), "ioperm": (173, None),
+    "modify_ldt": (154, None), "uselib": (134, None), "ustat": (136, None), "sysfs": (139, None), "vhangup": (153, 58),
+}  # fmt: skip
+
+
+def filter_program(machine: str | None = None) -> bytes:
+    """The filter for this machine, as bubblewrap's --seccomp reads it. Raises on a processor that the table does not know."""
+    machine = machine or platform.machine()
+    if machine not in _AUDIT_ARCH:
+        raise ValueError(f"no system call table for {machine!r}, wanted one of {', '.join(_AUDIT_ARCH)}")
+    column = list(_AUDIT_ARCH).index(machine)
+    numbers = [row[column] for row in _DENIED.values() if row[column] is not None]
+    code = [
+        _instruction(_LOAD_WORD, 4),  # seccomp_data.arch
+        _instruction(_JUMP_EQUAL, _AUDIT_ARCH[machine], 1, 0),
+        _instruction(_RETURN, _KILL),
+        _instruction(_LOAD_WORD, 0),  # seccomp_data.nr
+    ]
+    if machine == "x86_64":
+        code += [_instruction(_JUMP_AT_LEAST, _X32_BIT, 0, 1), _instruction(_RETURN, _KILL)]
+    for number in numbers:
+        assert number is not None
+        code += [_instruction(_JUMP_EQUAL, number, 0, 1), _instruction(_RETURN, _EPERM)]
+    return b"".join([*code, _instruction(_RETURN, _ALLOW)])
+
+
+def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """struct sock_filter: u16 code, u8 jt, u8 jf, u32 k."""
+    return struct.pack("=HBBI", code, if_true, if_false, operand)
