@@ -31,6 +31,8 @@ class Ask:
     """The calls among them that change the shop, in order. Empty for a question."""
     answer: str | None = None
     """What a question's answer must be; None when the state decides alone."""
+    found: str = ""
+    """What the last look-up shows of a question's answer; the last thought of an oracle that shows its working."""
 
 
 def call(thought: str, tool: str, /, **arguments: Any) -> Call:
@@ -57,19 +59,20 @@ def make_world(rng: random.Random) -> World:
 def ask_stock(rng: random.Random, world: World) -> Ask:
     _, item, stock, _ = rng.choice(world["items"])
     text = rng.choice((f"What is the stock of {item}?", f"Tell me the stock of {item}."))
-    return Ask(text=text, plan=[call(f"item {item}", "item", name=item)], answer=str(stock))
+    return Ask(text=text, plan=[call(f"item {item}", "item", name=item)], answer=str(stock), found=f"stock {stock}")
 
 
 def ask_points(rng: random.Random, world: World) -> Ask:
     customer, name, _, points = rng.choice(world["customers"])
     text = rng.choice((f"What are the points of {name}?", f"Tell me the points of {name}."))
-    return Ask(text=text, plan=[_find(name), call(f"customer {customer}", "profile", customer=customer)], answer=str(points))
+    look = call(f"customer {customer}", "profile", customer=customer)
+    return Ask(text=text, plan=[_find(name), look], answer=str(points), found=f"points {points}")
 
 
 def ask_order(rng: random.Random, world: World) -> Ask:
     customer, name, order, item = _pick_order(rng, world)
     text = rng.choice((f"What is the {item} order of {name}?", f"Tell me the {item} order of {name}."))
-    return Ask(text=text, plan=[_find(name), _look(customer)], answer=str(order))
+    return Ask(text=text, plan=[_find(name), _look(customer)], answer=str(order), found=f"the {item} {order}")
 
 
 def ask_move(rng: random.Random, world: World) -> Ask:
@@ -97,7 +100,7 @@ def ask_cancel(rng: random.Random, world: World) -> Ask:
 
 def _ask_settle(rng: random.Random, world: World, verb: str) -> Ask:
     customer, name, order, item = _pick_order(rng, world)
-    act = call(f"{item} {order}", verb, order=order)
+    act = call(f"the {item} {order}", verb, order=order)
     text = rng.choice((f"{verb.capitalize()} the {item} of {name}.", f"{verb.capitalize()} the {item} order of {name}."))
     return Ask(text=text, plan=[_find(name), _look(customer), act], goal=[act])
 

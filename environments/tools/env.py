@@ -2,7 +2,7 @@
 
     user       Refund the lamp of Ana.
     assistant  <tool_call>{"name": "find", "arguments": {"name": "Ana"}}</tool_call>           tool  customer 4821
-    assistant  <tool_call>{"name": "orders", "arguments": {"customer": 4821}}</tool_call>      tool  cup 2231, lamp 7310
+    assistant  <tool_call>{"name": "orders", "arguments": {"customer": 4821}}</tool_call>      tool  orders cup 2231, lamp 7310
     assistant  <tool_call>{"name": "refund", "arguments": {"order": 7310}}</tool_call>         tool  ok
     assistant  done                                                              -> reward 1: the shop is as it should be
 
@@ -58,7 +58,7 @@ class ToolsEnv(TextEnv):
         kind = rng.choice(checked_knobs(options)["kinds"])
         world = make_world(rng)
         ask = KINDS[kind](rng, world)
-        private = {"world": world, "plan": ask.plan, "goal": ask.goal, "answer": ask.answer}
+        private = {"world": world, "plan": ask.plan, "goal": ask.goal, "answer": ask.answer, "found": ask.found}
         return TaskDraft(public={"ask": ask.text}, private=private, difficulty=kind)
 
     def begin(self, task: Task) -> Observation:
@@ -153,7 +153,7 @@ def _script(task: Task, *, working: bool) -> list[Turn]:
     for call in calls:
         tool_call = ToolCall(name=call["name"], arguments=call["arguments"])
         turns.append(Turn(content="", thought=call["thought"] if working else "", tool_calls=(tool_call,)))
-    return [*turns, Turn(content=task.private["answer"] or DONE)]
+    return [*turns, Turn(content=task.private["answer"] or DONE, thought=task.private["found"] if working else "")]
 
 
 def extract_number(content: str) -> str | None:

@@ -120,7 +120,8 @@ def _profile(db: sqlite3.Connection, a: dict[str, Any]) -> str:
 def _orders(db: sqlite3.Connection, a: dict[str, Any]) -> str:
     _one(db, "SELECT id FROM customers WHERE id = ?", a["customer"], "customer")
     rows = db.execute("SELECT item, id, status FROM orders WHERE customer = ? ORDER BY item", (a["customer"],)).fetchall()
-    return ", ".join(f"{item} {order}" + ("" if status == "open" else f" {status}") for item, order, status in rows) or "none"
+    listed = [f"{item} {order}" + ("" if status == "open" else f" {status}") for item, order, status in rows]
+    return "orders " + (", ".join(listed) or "none")
 
 
 def _item(db: sqlite3.Connection, a: dict[str, Any]) -> str:

@@ -96,7 +96,7 @@ def test_the_style_is_chosen_once_per_episode_with_the_given_chance() -> None:
     env, rng, working = ToolsEnv(oracle_working=0.3, failure_rate=0.0), random.Random(3), 0
     for task in tasks(300):
         _, turns, _ = play_oracle(env, task, rng)
-        styles = {bool(turn.thought) for turn in turns[:-1]} or {False}
+        styles = {bool(turn.thought) for turn in turns if turn.content != "done"}
         assert len(styles) == 1, turns
         working += styles.pop()
     assert 60 <= working <= 120
