@@ -54,17 +54,17 @@ class ToolsEnv(TextEnv):
 
     @classmethod
     def make_task(cls, rng: random.Random, options: Mapping[str, Any]) -> TaskDraft:
-        """A shop and an ask about it. Private: the shop's rows, the goal program, the answer, and the oracle's plan."""
+        """An ask, and the shop that the tools reach; private are the goal program, the answer, and what the oracle says."""
         kind = rng.choice(checked_knobs(options)["kinds"])
         world = make_world(rng)
         ask = KINDS[kind](rng, world)
-        private = {"world": world, "plan": ask.plan, "goal": ask.goal, "answer": ask.answer, "found": ask.found}
-        return TaskDraft(public={"ask": ask.text}, private=private, difficulty=kind)
+        private = {"plan": ask.plan, "goal": ask.goal, "answer": ask.answer, "found": ask.found}
+        return TaskDraft(public={"ask": ask.text, "world": world}, private=private, difficulty=kind)
 
     def begin(self, task: Task) -> Observation:
         self.close()
         self.task = task
-        self._shop = Shop(task.private["world"])
+        self._shop = Shop(task.public["world"])
         self._dice = random.Random(f"busy {task.seed}")
         self._busy = self._errors = self._calls = 0
         self._script: list[Turn] | None = None
@@ -165,7 +165,7 @@ def extract_number(content: str) -> str | None:
 
 
 def _goal_state(task: Task) -> State:
-    shop = Shop(task.private["world"])
+    shop = Shop(task.public["world"])
     try:
         for call in task.private["goal"]:
             shop.call(call["name"], call["arguments"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from environments.base import Observation
+from environments.check import check_environment
 from environments.tools import ToolsEnv
 from environments.tools.asks import KINDS
 from environments.tools.env import BUSY, MAX_CALLS_PER_TURN, MAX_ERRORS, extract_number
@@ -131,15 +132,15 @@ def test_acting_on_another_id_scores_zero() -> None:
         act = task.private["goal"][0]
         key = next(iter(act["arguments"]))
         rows = {"customer": "customers", "item": "items", "order": "orders"}[key]
-        other = next(row[0] for row in task.private["world"][rows] if row[0] != act["arguments"][key])
+        other = next(row[0] for row in task.public["world"][rows] if row[0] != act["arguments"][key])
         assert play(task, [using((act["name"], {**act["arguments"], key: other})), DONE]).reward == 0
 
 
 def test_one_more_destructive_call_scores_zero() -> None:
     for task in tasks(100):
         target = task.private["goal"][0]["arguments"].get("order") if task.private["goal"] else None
-        order = next(row[0] for row in task.private["world"]["orders"] if row[0] != target)
-        customer = task.private["world"]["customers"][0][0]
+        order = next(row[0] for row in task.public["world"]["orders"] if row[0] != target)
+        customer = task.public["world"]["customers"][0][0]
         for extra in (("refund", {"order": order}), ("cancel", {"order": order}), ("delete", {"customer": customer})):
             verdict = play(task, [*perfect(task)[:-1], using(extra), perfect(task)[-1]])
             assert (verdict.status, verdict.reward) == (Status.OK, 0.0)
@@ -148,9 +149,9 @@ def test_one_more_destructive_call_scores_zero() -> None:
 
 def test_a_destructive_act_stays_in_the_state_when_its_rows_are_gone() -> None:
     task = tasks(1)[0]
-    customer = task.private["world"]["customers"][0][0]
-    order = next(row[0] for row in task.private["world"]["orders"] if row[1] == customer)
-    once, twice = Shop(task.private["world"]), Shop(task.private["world"])
+    customer = task.public["world"]["customers"][0][0]
+    order = next(row[0] for row in task.public["world"]["orders"] if row[1] == customer)
+    once, twice = Shop(task.public["world"]), Shop(task.public["world"])
     twice.call("refund", {"order": order})
     for shop in (once, twice):
         shop.call("delete", {"customer": customer})
@@ -196,7 +197,7 @@ def test_the_calls_of_another_task_score_zero() -> None:
 def test_the_right_answer_after_a_destructive_call_scores_zero_and_a_wrong_answer_does_too() -> None:
     for task in tasks(60, kinds=ASKING):
         answer = task.private["answer"]
-        order = task.private["world"]["orders"][0][0]
+        order = task.public["world"]["orders"][0][0]
         assert play(task, [Turn(content=answer)]).reward == 1
         assert play(task, [using(("refund", {"order": order})), Turn(content=answer)]).reward == 0
         for wrong in (str(int(answer) + 1), f"-{answer}", f"{answer}.5", f"{answer}0", f"{answer} or 5", f"1{answer}", f"{answer}e1"):
@@ -266,7 +267,7 @@ HOSTILE_ARGUMENTS: list[Any] = [
 def test_arguments_off_the_schema_come_back_as_a_short_error_and_change_nothing(arguments: Any) -> None:
     task = tasks(1, kinds=["refund"])[0]
     for name in TOOLS:
-        shop = Shop(task.private["world"])
+        shop = Shop(task.public["world"])
         before = shop.state()
         with pytest.raises(ToolError) as error:
             shop.call(name, arguments)
@@ -276,7 +277,7 @@ def test_arguments_off_the_schema_come_back_as_a_short_error_and_change_nothing(
 
 @pytest.mark.parametrize("order", [True, "7310", 7310.5, 10**30, -1, 0, 999, float("nan"), float("inf"), 1e308, [7310], None])
 def test_an_order_id_of_another_type_or_range_is_refused(order: Any) -> None:
-    shop = Shop(tasks(1)[0].private["world"])
+    shop = Shop(tasks(1)[0].public["world"])
     before = shop.state()
     with pytest.raises(ToolError):
         shop.call("refund", {"order": order})
@@ -286,11 +287,11 @@ def test_an_order_id_of_another_type_or_range_is_refused(order: Any) -> None:
 @pytest.mark.parametrize("name", ["", "Find", "find ", "drop table", "__class__", "call", "f" * 10**6, None, 3, ("find",), ["find"], {}])
 def test_an_unknown_tool_is_refused_by_the_exact_name_table(name: Any) -> None:
     with pytest.raises(ToolError, match="no such tool"):
-        Shop(tasks(1)[0].private["world"]).call(name, {"name": "Ana"})
+        Shop(tasks(1)[0].public["world"]).call(name, {"name": "Ana"})
 
 
 def test_values_are_bound_and_never_become_sql() -> None:
-    shop = Shop(tasks(1)[0].private["world"])
+    shop = Shop(tasks(1)[0].public["world"])
     before = shop.state()
     for text in ("x' OR '1'='1", "x'; DELETE FROM orders; --", '" OR ""="', "Robert'); DROP TABLE customers;--"):
         with pytest.raises(ToolError):
@@ -300,7 +301,7 @@ def test_values_are_bound_and_never_become_sql() -> None:
 
 def test_a_tool_that_is_not_offered_cannot_be_called() -> None:
     task = tasks(1, kinds=["stock"])[0]
-    customer = task.private["world"]["customers"][0][0]
+    customer = task.public["world"]["customers"][0][0]
     env, observation = begin(task, distractors=0)
     assert "delete" not in {tool["name"] for tool in observation.tools}
     result = env.act(using(("delete", {"customer": customer})))
@@ -326,7 +327,7 @@ def test_too_many_refused_calls_end_the_episode() -> None:
 
 def test_a_flood_of_calls_in_one_turn_is_not_served() -> None:
     task = tasks(1, kinds=["refund"])[0]
-    every_order = using(*(("refund", {"order": row[0]}) for row in task.private["world"]["orders"]))
+    every_order = using(*(("refund", {"order": row[0]}) for row in task.public["world"]["orders"]))
     assert len(every_order.tool_calls) > MAX_CALLS_PER_TURN
     verdict = play(task, [every_order])
     assert (verdict.status, verdict.reward) == (Status.INVALID_OUTPUT, 0.0)
@@ -348,13 +349,17 @@ def test_a_budget_that_runs_out_scores_zero_even_when_the_state_is_right() -> No
     assert (verdict.status, verdict.reward) == (Status.INVALID_OUTPUT, 0.0)
 
 
+def test_the_conformance_kit_passes() -> None:
+    assert [result.name for result in check_environment(ToolsEnv, {}) if not result.ok] == []
+
+
 # --- determinism, isolation, options --------------------------------------------------------------------------------------
 
 
 def test_the_same_seed_gives_the_same_task_world_and_failures() -> None:
     for one, two in zip(tasks(50), tasks(50), strict=True):
         assert one == two
-        assert json.loads(json.dumps(one.private)) == one.private
+        assert json.loads(json.dumps([one.public, one.private])) == [one.public, one.private]
         replies = []
         for _ in range(2):
             env, first = begin(one, failure_rate=0.5)
@@ -391,11 +396,11 @@ def test_sessions_do_not_leak_into_each_other() -> None:
     assert env_a.act(DONE).reward == 0  # type: ignore[union-attr]
 
 
-def test_no_private_value_is_in_the_first_observation() -> None:
+def test_nothing_that_must_be_looked_up_is_in_the_first_observation() -> None:
     for task in tasks(100):
         _, observation = begin(task)
         shown = json.dumps([m.content for m in observation.messages])
-        ids = [str(row[0]) for rows in task.private["world"].values() for row in rows]
+        ids = [str(row[0]) for rows in task.public["world"].values() for row in rows]
         assert not any(ident in shown for ident in ids)
         assert task.private["answer"] is None or task.private["answer"] not in shown
 
