@@ -6,12 +6,14 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from environments.base import Observation
 from environments.check import check_environment
+from environments.host import EnvHost
 from environments.tools import ToolsEnv
 from environments.tools.asks import KINDS
 from environments.tools.env import BUSY, MAX_CALLS_PER_TURN, MAX_ERRORS, extract_number
@@ -351,6 +353,25 @@ def test_a_budget_that_runs_out_scores_zero_even_when_the_state_is_right() -> No
 
 def test_the_conformance_kit_passes() -> None:
     assert [result.name for result in check_environment(ToolsEnv, {}) if not result.ok] == []
+
+
+def test_many_episodes_in_the_threads_of_one_host_keep_apart() -> None:
+    host, drawn = EnvHost(), tasks(24)
+
+    def episode(number: int) -> float | None:
+        task = drawn[number % len(drawn)]
+        host.open(f"s{number}", "tools", {"failure_rate": 0.0}, task)
+        with ThreadPoolExecutor(1) as other:  # a session's calls come from whichever thread is free
+            for turn in perfect(task) if number < 24 else [DONE]:
+                transition = other.submit(host.step, f"s{number}", turn).result()
+        host.close(f"s{number}")
+        assert transition.verdict is not None
+        return transition.verdict.reward
+
+    with ThreadPoolExecutor(8) as pool:
+        rewards = list(pool.map(episode, range(48)))
+    assert rewards == [1.0] * 24 + [0.0] * 24
+    assert host.ping() == 0
 
 
 # --- determinism, isolation, options --------------------------------------------------------------------------------------
