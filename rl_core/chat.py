@@ -104,8 +104,7 @@ class ChatML:
         parts = [THINK, turn.thought, THINK_END] if turn.thought else []
         parts.append(turn.content)
         for call in turn.tool_calls:
-            written = json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
-            parts += [CALL, written, CALL_END]
+            parts += [CALL, write_call(call), CALL_END]
         ids: list[int] = []
         text = ""
         for part in parts:
@@ -176,6 +175,11 @@ def signature(tool: Mapping[str, Any]) -> str:
         for name, schema in parameters.get("properties", {}).items()
     )
     return f"{tool['name']}({arguments})"
+
+
+def write_call(call: ToolCall) -> str:
+    """{"name": "refund", "arguments": {"order": 4821}}"""
+    return json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
 
 
 # --- reading what the policy wrote --------------------------------------------------------------------------------------

@@ -1,0 +1,180 @@
+"""Train the seed policy from nothing: tokenizer, supervised steps on demonstrations, MTP head beside the policy, checkpoint.
+
+    train_seed("configs/models/seed", seed=0, steps=6000)
+
+The MTP head learns from detached hidden states and a frozen LM head, so that it follows the policy and does not steer it.
+Everything random comes from `seed`; on the same machine and versions, the same arguments give the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from environments.registry import resolve
+from learner.model import PolicyModel, seed_config
+from learner.seed.curriculum import FINAL, PHASES, Batch, Phase, batches
+from learner.seed.demonstrations import Course, texts
+from learner.seed.measure import Measured, measure
+from learner.seed.tokenizer import VOCAB_SIZE, train_tokenizer
+from rl_core.chat import ChatML
+
+PEAK_LEARNING_RATE = 3e-3
+WARMUP_STEPS = 100
+DECAY_SHARE = 0.3  # of the steps, at the end, in which the learning rate falls linearly to zero
+WEIGHT_DECAY = 0.01
+MAX_GRAD_NORM = 1.0
+MTP_WEIGHT = 0.5
+MIN_LOSS_TOKENS = 192
+"""A batch with fewer target tokens counts as if it had this many: long documents have short answers, whose gradient is noisy."""
+TOKENIZER_EPISODES = 2000
+REPORT_EVERY_S = 10.0
+
+
+@dataclass
+class Progress:
+    """Sums since the last report."""
+
+    tokens: int = 0
+    since: float = field(default_factory=time.monotonic)
+    loss: dict[str, float] = field(default_factory=dict)
+    count: dict[str, int] = field(default_factory=dict)
+    mtp: float = 0.0
+    steps: int = 0
+
+
+def train_seed(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    steps: int = 6000,
+    batch_tokens: int = 3072,
+    threads: int = 1,
+    measure_every: int = 1000,
+    report: Callable[[str], None] = print,
+) -> list[Measured]:
+    """Make the seed checkpoint in folder `out` and return its held-out measurements. Ctrl-C ends training early and saves what there is."""
+    folder = Path(out)
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("medium")  # bfloat16 inner products where the CPU has them: two to three times faster
+    torch.set_flush_denormal(True)  # moments that decay to denormal numbers slow a CPU down tenfold
+    learn_tokenizer(folder, seed)
+    chat = ChatML(folder)
+    model = PolicyModel.from_config(seed_config(VOCAB_SIZE), seed)
+    report(f"seed model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {steps} steps of {batch_tokens} tokens")
+    began = time.monotonic()
+    done = 0
+    try:
+        for done in fit(model, chat, folder, seed=seed, steps=steps, batch_tokens=batch_tokens, report=report):
+            if measure_every and done % measure_every == 0 and done < steps:
+                model.save_pretrained(folder, folder)
+                for course in FINAL:
+                    report(f"  step {done}: {measure(model, _located(course, folder), chat, tasks=32)}")
+    except KeyboardInterrupt:
+        report(f"stopped at step {done}; saving")
+    model.save_pretrained(folder, folder)
+    results = [measure(model, _located(course, folder), chat, tasks=128) for course in FINAL]
+    for result in results:
+        report(f"  final: {result}")
+    record = {
+        "seed": seed, "steps": done, "planned_steps": steps, "batch_tokens": batch_tokens, "threads": threads,
+        "minutes": round((time.monotonic() - began) / 60, 1), "held_out": [asdict(r) for r in results],
+    }  # fmt: skip
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    return results
+
+
+def learn_tokenizer(folder: Path, seed: int) -> None:
+    """Long documents are left to their short forms: the same words, in less time."""
+    courses = {course.env: course for phase in PHASES for course in reversed(phase.courses)}
+    shortest = {course.env: course for course in reversed(PHASES[0].courses)}
+    found = [t for env in courses for t in texts(shortest[env], resolve(env), count=TOKENIZER_EPISODES, seed=seed)]
+    train_tokenizer(found, folder, vocab_size=VOCAB_SIZE)
+
+
+def fit(
+    model: PolicyModel, chat: ChatML, folder: Path, *, seed: int, steps: int, batch_tokens: int, report: Callable[[str], None]
+) -> Iterator[int]:
+    """Train, yielding the number of steps done after each one."""
+    optimizer = make_optimizer(model)
+    pad = int(chat.tokenizer.token_to_id("<|pad|>"))
+    progress = Progress()
+    step = 0
+    for number, phase in enumerate(PHASES):
+        located = Phase(until=phase.until, courses=tuple(_located(c, folder) for c in phase.courses))
+        stream = batches(located, chat, pad=pad, batch_tokens=batch_tokens, seed=10_007 * seed + number)
+        while step < int(phase.until * steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            learn(model, optimizer, next(stream), progress)
+            step += 1
+            if time.monotonic() - progress.since > REPORT_EVERY_S:
+                report(describe(progress, step, steps))
+                progress = Progress()
+            yield step
+
+
+def learn(model: PolicyModel, optimizer: torch.optim.Optimizer, batch: Batch, progress: Progress) -> None:
+    """One optimizer step on one batch."""
+    ids, mask = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.loss_mask)
+    hidden = model(ids)
+    nll = F.cross_entropy(model.logits(hidden[:, :-1][mask[:, 1:]]), ids[:, 1:][mask[:, 1:]], reduction="none")
+    ahead = mask[:, 2:]
+    drafts = model.mtp_hidden(hidden.detach(), ids)[:, :-1][ahead]
+    mtp_loss = F.cross_entropy(model.logits(drafts, frozen_head=True), ids[:, 2:][ahead])
+    loss = nll.sum() / max(nll.numel(), MIN_LOSS_TOKENS) + MTP_WEIGHT * mtp_loss
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    rows = mask[:, 1:].nonzero()[:, 0]
+    for env in set(batch.envs):
+        chosen = torch.tensor([e == env for e in batch.envs])[rows]
+        progress.loss[env] = progress.loss.get(env, 0.0) + float(nll.detach()[chosen].sum())
+        progress.count[env] = progress.count.get(env, 0) + int(chosen.sum())
+    progress.mtp += float(mtp_loss.detach())
+    progress.steps += 1
+    progress.tokens += batch.num_tokens
+
+
+def make_optimizer(model: PolicyModel) -> torch.optim.Optimizer:
+    """AdamW; only matrices decay."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.97), foreach=True)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Warm up, stay, decay linearly to zero over the last DECAY_SHARE of `steps`."""
+    warm = min(1.0, (step + 1) / min(WARMUP_STEPS, max(1, steps // 10)))
+    left = (steps - step) / max(1.0, DECAY_SHARE * steps)
+    return PEAK_LEARNING_RATE * min(warm, left, 1.0)
+
+
+def describe(progress: Progress, step: int, steps: int) -> str:
+    """One line for people: losses in nats per token."""
+    seconds = time.monotonic() - progress.since
+    losses = "  ".join(f"{env} {progress.loss[env] / max(1, progress.count[env]):.3f}" for env in sorted(progress.loss))
+    left = (steps - step) * seconds / max(1, progress.steps)
+    rate = progress.tokens / seconds
+    return f"step {step}/{steps}  {losses}  MTP {progress.mtp / max(1, progress.steps):.3f}  {rate:,.0f} tok/s  {left / 60:.1f} min left"
+
+
+def _located(course: Course, folder: Path) -> Course:
+    """The course with the environment's option `tokenizer` set, where it has one: documents are measured in the model's own tokens."""
+    if course.env != "long_context":
+        return course
+    return replace(course, options={**course.options, "tokenizer": str(folder)})
+
+
+if __name__ == "__main__":
+    train_seed(sys.argv[1], seed=int(sys.argv[2]), steps=int(sys.argv[3]), report=lambda line: print(line, flush=True))
