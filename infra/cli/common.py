@@ -1,0 +1,47 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from infra.run_state import fold
+from infra.view import clock
+from rl_core.run_store import StoredRun
+
+
+class UsageError(ValueError):
+    """The command cannot do what was asked. The message is one sentence."""
+
+
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.", envvar="POLYRL_RUNS_DIR")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of single keys, such as loop.steps=20.", show_default=False)]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, a unique part of it, its folder, or latest.")]
+
+
+def print_json(data: Any) -> None:
+    """Indented JSON on standard output, nothing else beside it."""
+    json.dump(data, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def finish(run: StoredRun) -> None:
+    """After a run, however it ended: draw its curves and say where everything is."""
+    from infra.report import write_report
+
+    state = fold(run.events())
+    if not state.run:
+        typer.echo(f"nothing was recorded in {run.run_dir}")
+        return
+    report = write_report(run)
+    seconds = f" in {clock(state.seconds)}" if state.seconds is not None else ""
+    typer.echo(f"\nrun {run.id}: {run.state}{seconds}" + (f": {state.reason}" if state.reason else ""))
+    for env in state.environments.values():
+        if env.before is not None:
+            typer.echo(f"  {env.name:<14} held-out {env.before}" + (f"  ->  {env.after}" if env.after else ""))
+    typer.echo(f"  {report}\n  {report.with_name('curves.png')}\n  polyrl show {run.id}")

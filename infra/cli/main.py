@@ -1,0 +1,45 @@
+"""`polyrl`: one command, thin over the packages.
+
+Exit codes: 0 all is well, 1 the run failed or was stopped, 2 wrong usage (one sentence on standard error, nothing was started).
+Everything heavy (Ray, vLLM, torch) is imported by the command that needs it, after its arguments are known to be right.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from environments.registry import BrokenEnvironment, UnknownEnvironment
+from infra.cli import clusters, results, runs, tools
+from infra.cli.common import UsageError
+from infra.preflight import PreflightError
+from rl_core.config import ConfigError
+from rl_core.run_store import NoSuchRun
+
+USER_ERRORS = (ConfigError, UnknownEnvironment, BrokenEnvironment, PreflightError, NoSuchRun, UsageError)
+
+app = typer.Typer(
+    help="Asynchronous, multi-environment RL post-training for language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for module in (runs, clusters, results, tools):
+    module.register(app)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except USER_ERRORS as error:
+        sys.stderr.write(f"polyrl: {error}\n")
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our pipe has gone, for example `polyrl show latest | head`
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.stderr.write("polyrl: stopped\n")
+        sys.exit(1)

@@ -1,0 +1,109 @@
+"""polyrl runs, show, curves, ledger: what a run left behind, or has so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from infra.cli.common import Json, RunName, RunsDir, UsageError, print_json
+from infra.run_state import RunState, fold
+from infra.view import clock, number, short, sparkline, totals
+from rl_core.run_store import RunStore, StoredRun, list_runs
+
+
+def register(app: typer.Typer) -> None:
+    app.command("runs")(runs)
+    app.command("show")(show)
+    app.command("curves")(curves)
+    app.command("ledger")(ledger)
+
+
+def runs(runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
+    """List all runs, oldest first."""
+    rows = []
+    for run in list_runs(runs_dir):
+        state = fold(run.events())
+        gains = {name: {"before": e.before and e.before.pass_rate, "after": e.after and e.after.pass_rate} for name, e in state.environments.items()}
+        rows.append({"run": run.id, "state": run.state, "step": state.version, "steps": state.steps, "pass_rate": gains})
+    if json:
+        print_json(rows)
+        return
+    for row, run in zip(rows, list_runs(runs_dir), strict=True):
+        scores = "  ".join(f"{e.name} {short(e.before)} -> {short(e.after)}" for e in fold(run.events()).environments.values())
+        typer.echo(f"{row['run']}  {row['state']:<9} {row['step']}/{row['steps']}  {scores}")
+    if not rows:
+        typer.echo(f"no run in {str(runs_dir)!r}")
+
+
+def show(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
+    """Show one run: held-out scores before and after, and what was measured in between."""
+    stored = RunStore.find(runs_dir, run)
+    state = fold(stored.events())
+    if json:
+        print_json({"state": stored.state, "run_dir": str(stored.run_dir), **state.to_json(), "run": stored.id})
+        return
+    typer.echo(f"run {stored.id}  {stored.state}  step {state.version}/{state.steps}  {clock(state.seconds)}")
+    if state.reason:
+        typer.echo(f"  {state.reason}")
+    typer.echo(f"  {totals(state)}\n")
+    _print_table(state)
+    typer.echo(f"\n{_rollout_counts(stored)}\n{stored.run_dir}")
+
+
+def curves(run: RunName = "latest", runs_dir: RunsDir = Path("runs")) -> None:
+    """Draw a run's reward curves into the terminal, and again into curves.png and report.html."""
+    from infra.report import write_report
+
+    stored = RunStore.find(runs_dir, run)
+    state = fold(stored.events())
+    if not state.run:
+        raise UsageError(f"run {stored.id} has no events yet")
+    for env in state.environments.values():
+        rewards = env.values("reward")
+        first, last = number(rewards[0] if rewards else None, ".2f"), number(env.recent("reward"), ".2f")
+        typer.echo(f"{env.name:<14} train {first} {sparkline(rewards, 60)} {last}   held-out {short(env.before)} -> {short(env.after)}")
+    report = write_report(stored)
+    typer.echo(f"{report.with_name('curves.png')}\n{report}")
+
+
+def ledger(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
+    """Show where every task went: the sums per environment, and whether they add up."""
+    from rl_core.ledger import read_balance
+
+    stored = RunStore.find(runs_dir, run)
+    path = stored.run_dir / "ledger.sqlite"
+    if not path.is_file():
+        raise UsageError(f"run {stored.id} drew no task: it has no ledger")
+    balances = read_balance(path)
+    if json:
+        names = ("env", "drawn", "open", "trained", "filtered", "abandoned", "balanced", "reasons")
+        print_json([{name: getattr(b, name) for name in names} for b in balances])
+    else:
+        typer.echo(f"{'environment':<14} {'drawn':>6} {'trained':>8} {'filtered':>9} {'abandoned':>10} {'open':>5}")
+        for b in balances:
+            mark = "" if b.balanced else "   DOES NOT ADD UP"
+            typer.echo(f"{b.env:<14} {b.drawn:>6} {b.trained:>8} {b.filtered:>9} {b.abandoned:>10} {b.open:>5}{mark}")
+            for reason, count in sorted(b.reasons.items(), key=lambda item: -item[1]):
+                typer.echo(f"{'':<14}   {count:>6}  {reason}")
+    if not all(b.balanced for b in balances):
+        raise typer.Exit(1)
+
+
+def _print_table(state: RunState) -> None:
+    titles = f"{'environment':<14} {'before':>22} {'after':>22} {'points':>7} {'groups':>7} {'share':>10} {'stale':>9} {'MTP acc':>8} {'tok/step':>9}"
+    typer.echo(titles)
+    for env in state.environments.values():
+        staleness = max(env.values("staleness_max"), default=None)
+        figures = env.to_json()
+        typer.echo(
+            f"{env.name:<14} {env.before or '-'!s:>22} {env.after or '-'!s:>22} {number(env.gain and 100 * env.gain, '+.0f'):>7}"
+            f" {number(env.last('groups_trained'), '.0f'):>7} {number(env.last('share'), '.0%') + '/' + format(env.share, '.0%'):>10}"
+            f" {number(figures['staleness']['mean'], '.2f') + '/' + number(staleness, '.0f'):>9}"
+            f" {number(figures['mtp_acceptance'], '.0%'):>8} {number(figures['tokens_per_engine_step'], '.2f'):>9}"
+        )
+
+
+def _rollout_counts(stored: StoredRun) -> str:
+    rows = stored.sql("SELECT label, count(*) AS n, sum(num_sampled_tokens) AS tokens FROM rollouts GROUP BY label ORDER BY label")
+    return "rollouts stored: " + (", ".join(f"{r['n']} {r['label']} ({r['tokens']} tokens)" for r in rows) or "none")

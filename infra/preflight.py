@@ -1,0 +1,56 @@
+"""What can be known to be wrong before anything starts: each is one sentence, and the command ends with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from environments.registry import resolve
+from rl_core.config import RunConfig
+
+MIN_FREE_GIB = 1.0
+"""A quickstart run writes some 50 MB, and Ray spills to the same disk; below this, runs die half-way in unclear ways."""
+
+
+class PreflightError(ValueError):
+    """The machine or the checkpoint does not allow this run. The message says what to do."""
+
+
+def preflight(config: RunConfig) -> None:
+    """Raise for the first thing that would stop this run later. Takes a second at most; neither Ray nor vLLM is imported."""
+    for name, env in config.environments.items():
+        resolve(env.id or name)
+    check_speculation(config)
+    check_disk(Path(config.runs_dir))
+
+
+def check_disk(folder: Path) -> None:
+    """There must be room for the run, and the folder must be ours to write."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise PreflightError(f"runs_dir: cannot write to {str(existing)!r}; give another folder with runs_dir=PATH")
+    free = shutil.disk_usage(existing).free / 2**30
+    if free < MIN_FREE_GIB:
+        raise PreflightError(
+            f"runs_dir: the disk of {str(existing)!r} has {free:.2f} GiB free, wanted at least {MIN_FREE_GIB:.0f}; "
+            f"free some space, or give a folder on another disk with runs_dir=PATH"
+        )
+
+
+def check_speculation(config: RunConfig) -> None:
+    """Speculative decoding needs a checkpoint with an MTP head."""
+    path = Path(config.model.path, "config.json")
+    try:
+        architecture = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PreflightError(f"model.path: {str(path)!r} is not valid JSON ({error}); is the download complete?") from error
+    layers = int(architecture.get("num_nextn_predict_layers") or 0)
+    if config.rollout.speculative_tokens and not layers:
+        raise PreflightError(
+            f"rollout.speculative_tokens is {config.rollout.speculative_tokens}, but {config.model.path!r} has no MTP head "
+            f"(num_nextn_predict_layers in its config.json); set rollout.speculative_tokens=0"
+        )
