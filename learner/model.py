@@ -249,7 +249,7 @@ def _stored_tensors(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 def _unstack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`mixer.experts.up_proj` [E, ...] -> `mixer.experts.0.up_proj.weight` and so on, as checkpoints store experts."""
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         head, _, tail = name.rpartition(".")
         if head.endswith(".mixer.experts"):

@@ -1,11 +1,13 @@
-"""LatentMoE for training without grouped kernels: all experts at once, in two matrix products.
+"""LatentMoE for training without grouped kernels.
 
-With few small experts it is cheaper to run every expert on every token and weight the results (the weight is zero for the
-experts that the router did not choose) than to gather, loop and scatter: a token costs E/k times the needed
-multiplications, but in two large products instead of E small ones. Routing and result are those of Transformers' module:
+Routing and result are those of Transformers' module:
 
-    s = sigmoid(W x)        chosen = top-k of s + bias        w_e = s_e / sum of chosen s (0 if not chosen), scaled
-    y = fc2( sum_e w_e down_e relu(up_e fc1(x))^2 ) + shared(x)
+    s = sigmoid(W x)        chosen = top-k of s + bias        w_e = s_e / sum of chosen s, scaled
+    y = fc2( sum over chosen e of w_e down_e relu(up_e fc1(x))^2 ) + shared(x)
+
+Transformers loops over experts with a gather, four operations and a scatter each, and its autograd graph grows with the
+number of experts. Here the (token, expert) pairs are sorted by expert once; the matrix products run on contiguous slices,
+everything elementwise runs once over all pairs, and the whole is one autograd node.
 """
 
 from __future__ import annotations
@@ -19,54 +21,104 @@ from torch import Tensor, nn
 
 from learner.mamba_scan import at_least_float32
 
-DENSE_LIMIT = 16
-"""Largest experts-to-chosen ratio for which running all experts was faster than Transformers' loop (measured at E = 8 to 32)."""
 
-
-def dense_routing(scores: Tensor, choice: Tensor, top_k: int, *, normalise: bool, scale: float) -> Tensor:
-    """Weights of all experts per token, zero where not chosen.
-
-    scores [T, E] in (0, 1); choice [T, E]: scores plus the balancing bias, only for choosing; returns [T, E].
-    """
-    chosen = torch.zeros_like(scores).scatter_(1, choice.detach().topk(top_k, dim=-1, sorted=False).indices, 1.0)
-    weights = scores * chosen
+def route(scores: Tensor, bias: Tensor, top_k: int, *, normalise: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Choose experts. scores [T, E] in (0, 1); bias [E] only sways the choice; returns indices and weights [T, k]."""
+    chosen = (scores.detach() + bias).topk(top_k, dim=-1, sorted=False).indices
+    weights = scores.gather(-1, chosen)
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * scale if scale != 1.0 else weights
+    return chosen, weights * scale if scale != 1.0 else weights
 
 
-def dense_experts(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """sum_e weights[:, e] down_e relu(up_e x)^2. x [T, K], weights [T, E], up [E, I, K], down [E, K, I]; returns [T, K]."""
-    experts, inner, width = up.shape
-    hidden = F.relu(x @ up.reshape(experts * inner, width).t())
-    hidden = (hidden * hidden).unflatten(-1, (experts, inner)) * weights.to(x.dtype).unsqueeze(-1)
-    return hidden.flatten(-2) @ down.transpose(1, 2).reshape(experts * inner, width)
+class SortedExperts(torch.autograd.Function):
+    """sum over chosen e of w_e down_e relu(up_e x)^2, with pairs sorted by expert.
+
+    x [T, K], chosen and weights [T, k], up [E, I, K], down [E, K, I]; returns [T, K]. Pairs P = T * k.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
+        top_k = chosen.shape[1]
+        pairs = chosen.flatten()
+        order = pairs.argsort(stable=True)
+        sizes = torch.bincount(pairs, minlength=len(up)).tolist()
+        token = order // top_k
+        inputs = x.index_select(0, token)  # [P, K]
+        active = _per_expert(inputs, up.transpose(1, 2), sizes).relu_()  # [P, I]
+        outputs = _per_expert(active * active, down.transpose(1, 2), sizes)  # [P, K]
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        unsorted = outputs.index_select(0, place).view(*chosen.shape, -1)  # [T, k, K]
+        ctx.save_for_backward(inputs, active, unsorted, weights, up, down, order, token, place)
+        ctx.sizes = sizes
+        return torch.einsum("tkd,tk->td", unsorted, weights.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs, active, unsorted, weights, up, down, order, token, place = ctx.saved_tensors
+        sizes = ctx.sizes
+        grad_weights = torch.einsum("tkd,td->tk", unsorted, grad).to(weights.dtype) if ctx.needs_input_grad[2] else None
+        grad_outputs = grad.index_select(0, token) * weights.flatten().index_select(0, order).to(grad.dtype).unsqueeze(-1)
+        grad_active = _per_expert(grad_outputs, down, sizes).mul_(active)  # d(relu(u)^2)/du is 2 relu(u), for any u
+        grad_up = _outer_per_expert(grad_active, inputs, sizes).mul_(2.0)
+        grad_down = _outer_per_expert(grad_outputs, active * active, sizes)
+        grad_inputs = _per_expert(grad_active, up, sizes)
+        grad_x = grad_inputs.index_select(0, place).view(*weights.shape, -1).sum(1).mul_(2.0)
+        return grad_x, None, grad_weights, grad_up, grad_down
 
 
-def _gate_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    x = at_least_float32(hidden_states.view(-1, hidden_states.shape[-1]))
+def _per_expert(rows: Tensor, matrices: Tensor, sizes: list[int]) -> Tensor:
+    """rows [P, A] in slices of `sizes`, each times its matrix of [E, A, B]; returns [P, B]."""
+    out = rows.new_empty(rows.shape[0], matrices.shape[-1])
+    start = 0
+    for matrix, size in zip(matrices.unbind(), sizes, strict=True):
+        if size:
+            torch.mm(rows[start : start + size], matrix, out=out[start : start + size])
+        start += size
+    return out
+
+
+def _outer_per_expert(left: Tensor, right: Tensor, sizes: list[int]) -> Tensor:
+    """left [P, A]^T times right [P, B] within slices of `sizes`; returns [E, A, B], zero for an expert without tokens."""
+    out = left.new_zeros(len(sizes), left.shape[-1], right.shape[-1])
+    start = 0
+    for expert, size in enumerate(sizes):
+        if size:
+            torch.mm(left[start : start + size].t(), right[start : start + size], out=out[expert])
+        start += size
+    return out
+
+
+def _gate_forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    x = at_least_float32(hidden_states)
     scores = F.linear(x, self.weight.to(x.dtype)).sigmoid()
-    choice = scores + self.e_score_correction_bias
-    return dense_routing(scores, choice, self.top_k, normalise=self.norm_topk_prob, scale=float(self.routed_scaling_factor))
+    bias, scale = self.e_score_correction_bias, float(self.routed_scaling_factor)
+    return route(scores, bias, self.top_k, normalise=self.norm_topk_prob, scale=scale)
 
 
-def _experts_forward(self: Any, x: Tensor, weights: Tensor) -> Tensor:
-    return dense_experts(x, weights, self.up_proj, self.down_proj)
+def _experts_forward(self: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    out: Tensor = SortedExperts.apply(x, chosen, weights, self.up_proj, self.down_proj)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _moe_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """NemotronHMoE.forward; hidden_states [B, L, D]."""
-    flat = hidden_states.view(-1, hidden_states.shape[-1])
-    routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(flat), self.gate(flat)))
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(flat), *self.gate(flat)))
     return (routed + self.shared_experts(flat)).view(hidden_states.shape)
 
 
+def _shared_forward(self: Any, x: Tensor) -> Tensor:
+    active = F.relu(self.up_proj(x))
+    return self.down_proj(active * active)
+
+
 def install(moe: nn.Module) -> None:
-    """Give this one Transformers MoE layer the dense path, where that is the faster and equal one."""
+    """Give this one Transformers MoE layer the sorted path; a layer with other activations or grouped routing keeps its own."""
     gate: Any = moe.gate
-    relu2 = moe.config.mlp_hidden_act == "relu2"  # type: ignore[union-attr]
-    if not relu2 or gate.num_group != 1 or gate.num_experts > DENSE_LIMIT * gate.top_k:
-        return  # Transformers' own path: correct for everything, and it has grouped kernels on GPUs
+    if moe.config.mlp_hidden_act != "relu2" or gate.num_group != 1:  # type: ignore[union-attr]
+        return
     gate.forward = MethodType(_gate_forward, gate)
     moe.experts.forward = MethodType(_experts_forward, moe.experts)  # type: ignore[union-attr]
+    moe.shared_experts.forward = MethodType(_shared_forward, moe.shared_experts)  # type: ignore[union-attr]
     moe.forward = MethodType(_moe_forward, moe)  # type: ignore[method-assign]
