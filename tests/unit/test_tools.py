@@ -395,12 +395,12 @@ def test_the_same_seed_gives_the_same_task_world_and_failures() -> None:
 
 def test_train_and_eval_share_no_task() -> None:
     def keys(split: str, seed: int) -> set[str]:
-        return {ToolsEnv.task_at(split, seed, i, {}).key for i in range(300)}
+        return {ToolsEnv.task_at(split, seed, i, {}).key for i in range(100)}
 
     train, held_out = keys("train", 1) | keys("train", 2), keys("eval", 1) | keys("eval", 3)
     assert not train & held_out
-    assert len(train) == 600
-    assert len(held_out) == 600
+    assert len(train) == 200
+    assert len(held_out) == 200
 
 
 def test_sessions_do_not_leak_into_each_other() -> None:
