@@ -1,0 +1,124 @@
+"""One microbatch through the model: the loss to differentiate, and the sums that metrics are made of.
+
+    ids --> trunk --> hidden --(positions that predict a trained token)--> LM head --> logprobs --> policy loss --> trunk
+                        |
+                        +--(detached)--> MTP head --(the same, one token further)--> cross-entropy --> MTP head alone
+
+The LM head is the widest part of a small model. It runs only where a trained token is predicted: a 4k-token prompt with a
+50-token answer costs 50 rows of logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, auto
+
+import torch
+from torch import Tensor, nn
+
+from learner.losses import importance_weights, k3, policy_loss
+from learner.model import PolicyModel
+from rl_core.config import LearnerConfig
+
+
+class Sum(IntEnum):
+    """Columns of the sums [environments, len(Sum)] over trained tokens, that ranks and microbatches add up."""
+
+    TOKENS = 0
+    LOSS = auto()  # of weight * surrogate, as trained
+    DROPPED = auto()  # tokens that the importance rule masked or capped
+    CLIPPED = auto()
+    ENTROPY = auto()  # nats
+    KL = auto()  # nats, k3
+    RATIO = auto()
+    RATIO_SQUARED = auto()
+    WEIGHT = auto()
+    WEIGHT_SQUARED = auto()
+    MTP_TOKENS = auto()
+    MTP_LOSS = auto()  # nats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A `Microbatch` on the device."""
+
+    token_ids: Tensor  # [B, L] int64
+    loss_mask: Tensor  # [B, L] bool
+    logprobs: Tensor  # [B, L] behaviour, nats
+    advantages: Tensor  # [B]
+    envs: Tensor  # [B] int64; -1 where the row has no environment
+    temperatures: Tensor  # [B]
+
+
+class Objective(nn.Module):
+    """Policy and loss in one module, so that DeepSpeed sees a single forward pass (ZeRO 3 gathers weights around it)."""
+
+    def __init__(self, model: PolicyModel, config: LearnerConfig, num_envs: int) -> None:
+        super().__init__()
+        self.model, self.config, self.num_envs = model, config, num_envs
+        self.trains_mtp = model.has_mtp and config.mtp_loss_weight > 0
+
+    def forward(self, batch: Batch, num_loss_tokens: int, num_mtp_tokens: int) -> tuple[Tensor, Tensor]:
+        """(this microbatch's share of the loss, its sums [num_envs, len(Sum)]). Shares of all microbatches and ranks add up to the loss."""
+        inputs = batch.token_ids[:, :-1]
+        hidden = self.model(inputs)
+        loss, sums = self._policy(batch, hidden)
+        loss = loss / max(num_loss_tokens, 1)
+        if self.trains_mtp:
+            mtp_loss, mtp_sums = self._mtp(batch, inputs, hidden.detach())
+            loss = loss + self.config.mtp_loss_weight * mtp_loss / max(num_mtp_tokens, 1)
+            sums = sums + mtp_sums
+        return loss, sums
+
+    def logprobs(self, token_ids: Tensor, mask: Tensor, temperature: float) -> Tensor:
+        """Logprobs [T] of the tokens where `mask` [B, L] is True, row by row."""
+        rows, columns = mask[:, 1:].nonzero(as_tuple=True)
+        hidden = self.model(token_ids[:, :-1])
+        return self.model.token_logprobs(hidden[rows, columns], token_ids[rows, columns + 1], temperature)[0]
+
+    def _policy(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of token losses, with gradient, and the policy's columns of the sums."""
+        config, importance = self.config, self.config.importance
+        rows, columns = batch.loss_mask[:, 1:].nonzero(as_tuple=True)  # column t predicts token t + 1
+        targets, behaviour = batch.token_ids[rows, columns + 1], batch.logprobs[rows, columns + 1]
+        logprobs, entropy = self.model.token_logprobs(hidden[rows, columns], targets, batch.temperatures[rows])
+        proximal = logprobs.detach()  # one gradient step per batch: the current policy is the proximal one
+        weights = importance_weights(proximal, behaviour, rule=importance.rule, low=importance.low, high=importance.high)
+        result = policy_loss(
+            logprobs, proximal, weights.weight, batch.advantages[rows], clip_low=config.clip_low, clip_high=config.clip_high
+        )
+        sums = self._sums(
+            batch.envs[rows],
+            {
+                Sum.TOKENS: torch.ones_like(proximal),
+                Sum.LOSS: result.loss,
+                Sum.DROPPED: ~weights.kept,
+                Sum.CLIPPED: result.clipped,
+                Sum.ENTROPY: entropy,
+                Sum.KL: k3(proximal - behaviour),
+                Sum.RATIO: weights.ratio,
+                Sum.RATIO_SQUARED: weights.ratio.square(),
+                Sum.WEIGHT: weights.weight,
+                Sum.WEIGHT_SQUARED: weights.weight.square(),
+            },
+        )
+        return result.loss.sum(), sums
+
+    def _mtp(self, batch: Batch, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the MTP head on the policy's own tokens. `hidden` is detached and the LM head frozen: the trunk gets nothing.
+
+        Position t sees hidden t and token t + 1, and predicts token t + 2, as in the engine's draft.
+        """
+        rows, columns = batch.loss_mask[:, 2:].nonzero(as_tuple=True)
+        drafted = self.model.mtp_hidden(hidden, inputs)  # [B, L - 2, D]
+        targets = batch.token_ids[rows, columns + 2]
+        logprobs, _ = self.model.token_logprobs(drafted[rows, columns], targets, 1.0, frozen_head=True)
+        sums = self._sums(batch.envs[rows], {Sum.MTP_TOKENS: torch.ones_like(logprobs), Sum.MTP_LOSS: -logprobs})
+        return -logprobs.sum(), sums
+
+    def _sums(self, envs: Tensor, columns: dict[Sum, Tensor]) -> Tensor:
+        """[num_envs, len(Sum)] float64: each column added up per environment."""
+        sums = torch.zeros(self.num_envs, len(Sum), dtype=torch.float64, device=envs.device)
+        for column, values in columns.items():
+            sums[:, column].index_add_(0, envs, values.detach().to(torch.float64))
+        return sums

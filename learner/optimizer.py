@@ -1,0 +1,130 @@
+"""The optimizer engine: DeepSpeed ZeRO over an AdamW that clips policy and MTP head apart.
+
+DeepSpeed clips one norm over all parameters. The two losses here are of different nature (a policy gradient near zero on
+average, and a cross-entropy), so a spike of one must not shrink the other's step: DeepSpeed's clip is off, and the optimizer
+clips each parameter group by its own norm. ZeRO hands every rank its slice of each group, after averaging over ranks; the
+norm is therefore summed over ranks here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rl_core.config import LearnerConfig
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import deepspeed
+
+BETAS = (0.9, 0.95)
+"""Usual for language models: the second moment forgets in 20 steps, which suits short RL runs."""
+
+ADAM_EPSILON = 1e-8
+ONE_SUB_GROUP = 10**15
+"""ZeRO 3 cuts parameter groups into pieces of this many elements and steps them one by one; a norm needs the whole group."""
+
+
+class GroupClippedAdamW(torch.optim.AdamW):
+    """AdamW whose parameter groups carry a `name` and a `max_norm`; norms before the clip are kept in `norms`."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, betas=BETAS, eps=ADAM_EPSILON)
+        self.norms: dict[str, float] = {}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Clip each group by its norm over all ranks, then step. Raises FloatingPointError if a gradient is not finite."""
+        if not getattr(self, "starting", False):  # ZeRO 3 calls step() once with zeros, to allocate state
+            for group in self.param_groups:
+                if group["params"]:
+                    self._clip(group)
+        return super().step(closure)
+
+    def _clip(self, group: dict[str, Any]) -> None:
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        norm = global_norm(gradients, group["params"][0].device)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient of the {group['name']} is {norm}: a logit, logprob or weight is not finite; "
+                f"lower learner.learning_rate, or look for NaN in the behaviour logprobs of the last batch"
+            )
+        self.norms[group["name"]] = norm
+        for gradient in gradients:
+            gradient.mul_(min(1.0, group["max_norm"] / (norm + 1e-12)))
+
+
+def global_norm(gradients: list[Tensor], device: torch.device) -> float:
+    """Euclidean norm of slices of gradients that lie spread over all ranks."""
+    squared = sum((g.float().square().sum(dtype=torch.float64) for g in gradients), torch.zeros((), dtype=torch.float64, device=device))
+    if dist.is_initialized():
+        dist.all_reduce(squared)
+    return math.sqrt(float(squared)) if torch.isfinite(squared) else float(squared)
+
+
+def parameter_groups(policy: list[nn.Parameter], mtp: list[nn.Parameter], max_norm: float) -> list[dict[str, Any]]:
+    """One group each for policy and MTP head, leaving out an empty one."""
+    groups = [{"name": "policy", "params": policy, "max_norm": max_norm}, {"name": "MTP head", "params": mtp, "max_norm": max_norm}]
+    return [group for group in groups if group["params"]]
+
+
+def connect(*, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
+    """Join the process group of the learner's ranks: NCCL on GPUs, gloo on CPUs."""
+    import datetime
+
+    on_gpu = torch.cuda.is_available()
+    os.environ.update(
+        {"MASTER_ADDR": address, "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
+    )
+    if not on_gpu:
+        # An all-reduce for inference that DeepSpeed would compile with g++ for half a minute at the first start; we never call it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=datetime.timedelta(seconds=timeout_s)
+    )
+
+
+def make_engine(
+    module: nn.Module, groups: list[dict[str, Any]], config: LearnerConfig, *, dtype: torch.dtype
+) -> tuple[Any, GroupClippedAdamW]:
+    """(DeepSpeed engine over `module`, the optimizer within it). Every rank calls this with the same weights."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    optimizer = GroupClippedAdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer.starting = True  # type: ignore[attr-defined]
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, dtype), dist_init_required=False)
+    optimizer.starting = False  # type: ignore[attr-defined]
+    for state in optimizer.state.values():  # the step with zeros above must not count for Adam's bias correction
+        if "step" in state:
+            state["step"].zero_()
+    return engine, optimizer
+
+
+def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Gradients are averaged over ranks by DeepSpeed; accumulation is driven by hand, since batches vary in microbatches."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "sub_group_size": ONE_SUB_GROUP,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": config.zero_stage > 1,
+        },
+    }

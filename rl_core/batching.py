@@ -1,0 +1,139 @@
+"""From trajectories to microbatches: rectangles of right-padded rows, the same count on every rank.
+
+    trajectories --(sort by length, deal out to ranks like cards)--> rows of a rank --(cut where padding is cheapest)--> microbatches
+
+How rows are packed never changes the gradient: the loss divides by counts over the whole batch, which every rank knows
+beforehand (`num_loss_tokens`). Nothing here is random, so that a stored batch replays to the same microbatches (invariant 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rl_core.types import Floats, Ids, Trajectory
+
+MICROBATCH_COST = 512
+"""Fixed cost of one more microbatch, as so many padded tokens: kernel launches and Python against arithmetic."""
+
+PAD_ID = 0
+"""Any valid id: models are causal and padding stands on the right, so nothing that is trained looks at it."""
+
+EMPTY_LENGTH = 4
+"""Width of a microbatch without content; long enough for a next token and for the MTP head's token after that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    """B rows of L positions, right-padded. A row ends at its last trained token: what comes after cannot matter."""
+
+    token_ids: Ids  # [B, L]
+    loss_mask: NDArray[np.bool_]  # [B, L] True on tokens to train; never at position 0, which nothing predicts
+    logprobs: Floats  # [B, L] behaviour logprobs in nats; 0 where loss_mask is False
+    advantages: Floats  # [B]
+    envs: Ids  # [B] index into the caller's list of environments; -1 in an empty microbatch
+    num_tokens: int  # without padding
+
+    @property
+    def num_padded(self) -> int:
+        """Tokens with padding: what the model computes."""
+        return self.token_ids.size
+
+
+def trainable_length(trajectory: Trajectory) -> int:
+    """Positions up to and with the last trained token; 0 if there is none."""
+    trained = np.flatnonzero(trained_mask(trajectory))
+    return int(trained[-1]) + 1 if len(trained) else 0
+
+
+def trained_mask(trajectory: Trajectory) -> NDArray[np.bool_]:
+    """[L] the loss mask without position 0."""
+    mask = trajectory.loss_mask.copy()
+    mask[:1] = False
+    return mask
+
+
+def num_loss_tokens(trajectories: Sequence[Trajectory]) -> int:
+    """The normaliser of the policy loss: trained tokens over all ranks and microbatches."""
+    return sum(int(trained_mask(t).sum()) for t in trajectories)
+
+
+def num_mtp_tokens(trajectories: Sequence[Trajectory]) -> int:
+    """The normaliser of the MTP loss: trained tokens that have two tokens before them."""
+    return sum(int(t.loss_mask[2:].sum()) for t in trajectories)
+
+
+def microbatches(trajectories: Sequence[Trajectory], *, envs: Sequence[str], max_tokens: int, num_ranks: int = 1) -> list[list[Microbatch]]:
+    """[num_ranks] lists of equal length. A row longer than `max_tokens` padded tokens gets a microbatch of its own.
+
+    Rows are dealt out by length in turns that go back and forth, so that ranks do nearly the same work in the same shapes.
+    """
+    lengths = [trainable_length(t) for t in trajectories]
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
+    index = {name: i for i, name in enumerate(envs)}
+    if unknown := {t.env for t in trajectories} - set(index):
+        raise ValueError(f"trajectories of unknown environment {sorted(unknown)[0]!r}; the run has {', '.join(envs)}")
+    hands: list[list[int]] = [[] for _ in range(num_ranks)]
+    for turn, row in enumerate(order):
+        lap, seat = divmod(turn, num_ranks)
+        hands[seat if lap % 2 == 0 else num_ranks - 1 - seat].append(row)
+    ranks = []
+    for hand in hands:
+        cuts = cheapest_cuts(np.array([lengths[i] for i in hand], np.int64), max_tokens)
+        ranks.append([_pad([trajectories[i] for i in hand[a:b]], [lengths[i] for i in hand[a:b]], index) for a, b in cuts])
+    most = max(len(r) for r in ranks)
+    for rank in ranks:
+        rank += [_empty() for _ in range(most - len(rank))]
+    return ranks
+
+
+def cheapest_cuts(lengths: NDArray[np.int64], max_tokens: int) -> list[tuple[int, int]]:
+    """Cut rows of descending `lengths` [n] into consecutive [start, stop) so that padded tokens + MICROBATCH_COST each is least.
+
+    Exact, by dynamic programming: best[j] = min over i of best[i] + lengths[i] * (j - i) + MICROBATCH_COST.
+    """
+    n = len(lengths)
+    best, cut_at = np.zeros(n + 1), np.zeros(n + 1, np.int64)
+    for j in range(1, n + 1):
+        start = np.arange(j)
+        area = lengths[:j] * (j - start)
+        cost = np.where((area <= max_tokens) | (start == j - 1), best[:j] + area + MICROBATCH_COST, np.inf)
+        cut_at[j] = int(cost.argmin())
+        best[j] = cost[cut_at[j]]
+    cuts: list[tuple[int, int]] = []
+    j = n
+    while j:
+        cuts.append((int(cut_at[j]), j))
+        j = int(cut_at[j])
+    return cuts[::-1]
+
+
+def _pad(rows: Sequence[Trajectory], lengths: Sequence[int], index: dict[str, int]) -> Microbatch:
+    shape = (len(rows), max(lengths))
+    token_ids, loss_mask, logprobs = np.full(shape, PAD_ID, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
+    for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        token_ids[b, :n], loss_mask[b, :n], logprobs[b, :n] = row.token_ids[:n], trained_mask(row)[:n], row.logprobs[:n]
+    return Microbatch(
+        token_ids=token_ids,
+        loss_mask=loss_mask,
+        logprobs=logprobs,
+        advantages=np.array([r.advantage for r in rows], np.float32),
+        envs=np.array([index[r.env] for r in rows], np.int32),
+        num_tokens=sum(lengths),
+    )
+
+
+def _empty() -> Microbatch:
+    """Computes and adds nothing; a rank that has no rows left must still take part in collective operations."""
+    shape = (1, EMPTY_LENGTH)
+    return Microbatch(
+        token_ids=np.full(shape, PAD_ID, np.int32),
+        loss_mask=np.zeros(shape, bool),
+        logprobs=np.zeros(shape, np.float32),
+        advantages=np.zeros(1, np.float32),
+        envs=np.full(1, -1, np.int32),
+        num_tokens=0,
+    )

@@ -1,0 +1,95 @@
+"""Runs a scenario on real gloo ranks, each a process of its own, and builds groups for it. Used by test_learner."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rl_core.types import Completion, Group, Message, Rollout, Status, Task, Verdict, VersionSpan
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_ranks(scenario: str, num_ranks: int, folder: Path, **settings: Any) -> list[Any]:
+    """What `tests.integration.learner_scenarios.<scenario>(rank, num_ranks, folder, **settings)` returned (JSON) on each rank."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_DISABLE_IMPORT_WARNING": "1"}
+    outs = [folder / f"{scenario}-{rank}.json" for rank in range(num_ranks)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.learner_scenarios", scenario, str(rank), str(num_ranks), str(port), str(folder),
+             json.dumps(settings), str(out)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, f"{scenario} failed:\n{output[-6000:]}"
+    finally:
+        for process in processes:
+            process.kill()
+    return [json.loads(out.read_text()) for out in outs]
+
+
+def completion(prompt: Sequence[int], sampled: Sequence[int], logprobs: Sequence[float] | None = None, version: int = 0) -> Completion:
+    return Completion(
+        prompt_ids=np.array(prompt, np.int32),
+        token_ids=np.array(sampled, np.int32),
+        logprobs=np.array(logprobs if logprobs is not None else [-1.0] * len(sampled), np.float32),
+        spans=(VersionSpan(start=0, stop=len(sampled), version=version),) if len(sampled) else (),
+        finish_reason="stop",
+    )
+
+
+def rollout(*completions: Completion, reward: float | None, env: str = "math", status: Status = Status.OK, key: str = "r") -> Rollout:
+    return Rollout(
+        id=key,
+        env=env,
+        task_key="k",
+        completions=completions,
+        messages=(Message(role="user", content=""),),
+        verdict=Verdict(status=status, reward=reward),
+    )
+
+
+def group(*rollouts: Rollout) -> Group:
+    env = rollouts[0].env
+    return Group(id="g", task=Task(env=env, key="k", split="train", seed=0, public={}), rollouts=rollouts)
+
+
+def random_groups(
+    count: int, *, vocab: int, seed: int, logprob: Callable[[np.random.Generator], float] | None = None, version: int = 0
+) -> list[Group]:
+    """Groups of two environments, some with two turns, with ragged lengths and random rewards."""
+    rng = np.random.default_rng(seed)
+    draw = logprob or (lambda rng: float(-np.log(vocab) + rng.normal(0, 0.3)))
+
+    def turn(prompt: list[int]) -> Completion:
+        n = int(rng.integers(3, 12))
+        return completion(prompt, rng.integers(0, vocab, n).tolist(), [draw(rng) for _ in range(n)], version)
+
+    groups = []
+    for index in range(count):
+        env, rollouts = ("math", "tools")[index % 2], []
+        for member in range(4):
+            first = turn(rng.integers(0, vocab, int(rng.integers(2, 20))).tolist())
+            turns = [first]
+            if env == "tools":
+                heard = rng.integers(0, vocab, 3).tolist()
+                turns.append(turn([*first.prompt_ids.tolist(), *first.token_ids.tolist(), *heard]))
+            rollouts.append(rollout(*turns, reward=float(member % 2 == 0) + float(rng.random() < 0.3), env=env, key=f"{index}-{member}"))
+        groups.append(group(*rollouts))
+    return groups

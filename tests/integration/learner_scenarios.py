@@ -1,0 +1,172 @@
+"""What a rank does in test_learner. Runs in a process of its own: `python -m tests.integration.learner_scenarios NAME RANK ...`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from learner import checkpoint
+from learner.learner import Learner, StalenessError
+from learner.model import PolicyModel
+from learner.optimizer import connect
+from rl_core.config import ImportanceConfig, LearnerConfig
+from rl_core.types import Group
+from tests.integration.learner_ranks import completion, group, random_groups, rollout
+
+VOCAB = 32
+TEMPERATURES = {"math": 1.0, "tools": 0.7}
+
+
+def small_config(**changes: Any) -> LearnerConfig:
+    """Wide importance bounds, so that random behaviour logprobs are not masked unless a test wants it."""
+    return replace(LearnerConfig(warmup_steps=1, learning_rate=1e-2, importance=ImportanceConfig(low=0.0, high=1e9)), **changes)
+
+
+def small_model(folder: Path, dtype: torch.dtype = torch.float32) -> PolicyModel:
+    return PolicyModel.from_pretrained(folder / "model", dtype=dtype)
+
+
+def make(folder: Path, *, dtype: torch.dtype = torch.float32, max_staleness: int = 1, **changes: Any) -> Learner:
+    return Learner(small_model(folder, dtype), small_config(**changes), temperatures=TEMPERATURES, max_staleness=max_staleness)
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    """Weights after gathering; empty on other ranks than 0."""
+    blob = learner.weights()
+    return {} if blob is None else safetensors.torch.load(blob.tobytes())
+
+
+def steps(rank: int, num_ranks: int, folder: Path, *, count: int, name: str, dtype: str = "float32", **changes: Any) -> Any:
+    """Train `count` steps on fixed groups; store the weights."""
+    learner = make(folder, dtype=getattr(torch, dtype), **changes)
+    metrics = []
+    for step in range(count):
+        learner.accumulate(random_groups(4, vocab=VOCAB, seed=step, version=step))
+        metrics.append(dict(learner.apply().metrics))
+    state = weights(learner)
+    if rank == 0:
+        safetensors.torch.save_file(state, folder / f"{name}.safetensors")
+    return metrics
+
+
+def resume(rank: int, num_ranks: int, folder: Path, **changes: Any) -> Any:
+    """Two steps, a checkpoint, a third step; then a new learner goes on from the checkpoint with the same third step."""
+    learner = make(folder, **changes)
+    for step in range(2):
+        learner.accumulate(random_groups(2, vocab=VOCAB, seed=step, version=step))
+        learner.apply()
+    learner.save(folder / "checkpoints")
+    found = checkpoint.latest(folder / "checkpoints")
+    assert found is not None
+    third = random_groups(2, vocab=VOCAB, seed=2, version=2)
+
+    def one_more(learner: Learner) -> tuple[int, float, dict[str, torch.Tensor]]:
+        learner.accumulate(third)
+        stats = learner.apply()
+        return stats.version, stats.metrics["learner/grad_norm"], weights(learner)
+
+    expected = one_more(learner)
+    second = make(folder, **changes)
+    second.load(found)
+    got = one_more(second)
+    return {
+        "versions": [expected[0], got[0]],
+        "norms": [expected[1], got[1]],
+        "equal": all(torch.equal(tensor, got[2][name]) for name, tensor in expected[2].items()),
+        "folder": found.name,
+        "files": sorted(p.name for p in found.iterdir()),
+    }
+
+
+def bandit(rank: int, num_ranks: int, folder: Path, *, count: int) -> Any:
+    """Sample three tokens from the model itself after a fixed prompt; the reward is the share of token 7. Rewards of each step."""
+    learner = make(folder, learning_rate=2e-3, importance=ImportanceConfig())
+    rng = torch.Generator().manual_seed(0)
+    prompt, rewards, drops = [1, 2, 3], [], []
+    for step in range(count):
+        groups = []
+        for _ in range(4):
+            members = []
+            for member in range(8):
+                ids, logprobs = list(prompt), []
+                for _ in range(3):
+                    with torch.no_grad():
+                        hidden = learner.model(torch.tensor([ids]))
+                        distribution = learner.model.logits(hidden[0, -1]).log_softmax(-1)
+                    token = int(torch.multinomial(distribution.exp(), 1, generator=rng))
+                    ids.append(token)
+                    logprobs.append(float(distribution[token]))
+                sampled = ids[len(prompt) :]
+                members.append(rollout(completion(prompt, sampled, logprobs, step), reward=sampled.count(7) / 3, key=str(member)))
+            groups.append(group(*members))
+        rewards.append(float(np.mean([r.verdict.reward for g in groups for r in g.rollouts])))
+        metrics = learner.accumulate(groups)
+        drops.append(metrics["env/math/masked_share"])
+        learner.apply()
+    return {"rewards": rewards, "masked": drops, "mtp": metrics["learner/mtp_loss"]}
+
+
+def refusals(rank: int, num_ranks: int, folder: Path) -> Any:
+    """What the learner says to tokens that are too old or too new, and to calls in the wrong order."""
+    learner = make(folder, max_staleness=1)
+    learner.version = 5
+    said = {}
+
+    def attempt(name: str, groups: list[Group]) -> None:
+        try:
+            learner.accumulate(groups)
+        except (StalenessError, ValueError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+
+    attempt("old", random_groups(2, vocab=VOCAB, seed=0, version=3))
+    attempt("new", random_groups(2, vocab=VOCAB, seed=0, version=6))
+    attempt("empty", [])
+    metrics = learner.accumulate(random_groups(2, vocab=VOCAB, seed=0, version=4))
+    for name, call in (("twice", lambda: learner.accumulate([])), ("save", lambda: learner.save(folder / "never"))):
+        try:
+            call()
+        except RuntimeError as error:
+            said[name] = str(error)
+    return {"said": said, "staleness": metrics["learner/staleness_max"]}
+
+
+def agreement(rank: int, num_ranks: int, folder: Path, **changes: Any) -> Any:
+    """The agreement on completions whose logprobs are the model's own, and on ones that are 0.5 nats off; between the two halves of a step."""
+    learner = make(folder, **changes)
+    model = small_model(folder)
+    rng = np.random.default_rng(0)
+    right, wrong = [], []
+    for length in (3, 17, 40):
+        ids = rng.integers(0, VOCAB, length + 6)
+        with torch.no_grad():
+            logprobs = model.logits(model(torch.from_numpy(ids[None, :-1]))).log_softmax(-1)[0]
+        own = logprobs[np.arange(length - 1, length + 5), ids[length:]].numpy()
+        right.append(completion(ids[:length], ids[length:], own.tolist()))
+        wrong.append(completion(ids[:length], ids[length:], (own + 0.5).tolist()))
+    learner.accumulate(random_groups(2, vocab=VOCAB, seed=0))
+    good, bad = learner.agreement(right), learner.agreement(wrong)
+    norm = learner.apply().metrics["learner/grad_norm"]
+    undisturbed = make(folder, **changes)
+    undisturbed.accumulate(random_groups(2, vocab=VOCAB, seed=0))
+    return {
+        "good": [good.mean, good.max, good.num_tokens],
+        "bad": bad.mean,
+        "norms": [norm, undisturbed.apply().metrics["learner/grad_norm"]],
+    }
+
+
+if __name__ == "__main__":
+    scenario, rank, num_ranks, port, folder, settings, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    connect(rank=int(rank), world_size=int(num_ranks), address="127.0.0.1", port=int(port), timeout_s=60)
+    answer = globals()[scenario](int(rank), int(num_ranks), Path(folder), **json.loads(settings))
+    Path(out).write_text(json.dumps(answer))
+    dist.destroy_process_group()
