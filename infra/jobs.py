@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra.errors import UsageError
 from infra.ray_cluster import LOGICAL_CPUS, OBJECT_STORE_BYTES
 from infra.view import View, parse_line
 
@@ -43,8 +44,8 @@ EXCLUDES = ["/.venv/", "/.git/", "/runs/", "/build/", "/dist/", "**/__pycache__/
 """What of the checkout a job does not need."""
 
 
-class JobError(ValueError):
-    """A job or its cluster is not there. The message is a sentence for the user."""
+class JobError(UsageError):
+    """A job or its cluster is not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +205,7 @@ def follow(to: JobSubmissionClient, job: str, view: View, *, on_stopping: Callab
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
     try:
-        asyncio.run(_tail(to, job, view))
+        asyncio.run(tail(to, job, view))
         return await_end(to, job)
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -227,7 +228,7 @@ def await_end(to: JobSubmissionClient, job: str) -> str:
     return str(status.value)
 
 
-async def _tail(to: JobSubmissionClient, job: str, view: View) -> None:
+async def tail(to: JobSubmissionClient, job: str, view: View) -> None:
     """Feed the view from the job's log; pieces of the log are not whole lines."""
     rest = ""
     async for piece in to.tail_job_logs(job):

@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 
 from environments.registry import resolve
+from infra.errors import UsageError
 from rl_core.config import RunConfig
 
 MIN_FREE_GIB = 1.0
 """A quickstart run writes some 50 MB, and Ray spills to the same disk; below this, runs die half-way in unclear ways."""
 
 
-class PreflightError(ValueError):
+class PreflightError(UsageError):
     """The machine or the checkpoint does not allow this run. The message says what to do."""
 
 

@@ -1,6 +1,6 @@
 """What is known of a run from its events alone: folded one by one, live or from the store.
 
-    event --> RunState.apply --> view (terminal), show, curves, report
+event --> RunState.apply --> view (terminal), show, curves, report
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ def totals(state: RunState) -> str:
     """The figures that belong to no one environment."""
     worst = max(state.values("sync/logprob_error_max"), default=None)
     return (
-        f"learner {number(state.last('learner/tokens_per_s'), ',.0f')} tok/s, engines {number(state.last('rollout/tokens_per_s'), ',.0f')} tok/s"
+        f"learner {number(state.last('learner/tokens_per_s'), ',.0f')} tok/s"
+        f", engines {number(state.last('rollout/tokens_per_s'), ',.0f')} tok/s"
         f" · logprob agreement {number(state.last('sync/logprob_error_mean'), '.1e')} mean, {number(worst, '.1e')} max nats"
         f" · pause {number(state.last('sync/pause_ms'), '.0f')} ms"
         f" · staleness {number(max(state.values('learner/staleness_max'), default=None), '.0f')} of at most {state.max_staleness}"
@@ -187,7 +188,8 @@ def describe_step(state: RunState) -> str:
     rewards = " ".join(f"{e.name}={number(e.recent('reward', 5), '.2f')}" for e in state.environments.values())
     return (
         f"step {state.version}/{state.steps}  reward {rewards}  stale<={number(state.last('learner/staleness_max'), '.0f')}"
-        f"  logprobs {number(state.last('sync/logprob_error_mean'), '.1e')}  {number(state.last('rollout/tokens_per_s'), ',.0f')} tok/s sampled"
+        f"  logprobs {number(state.last('sync/logprob_error_mean'), '.1e')}"
+        f"  {number(state.last('rollout/tokens_per_s'), ',.0f')} tok/s sampled"
         f"  {number(state.last('learner/tokens_per_s'), ',.0f')} trained  left {clock(state.last('progress/eta_s'))}"
     )
 

@@ -152,7 +152,9 @@ class RunStore:
             return StoredRun(Path(name))
         runs = list_runs(runs_dir)
         if not runs:
-            raise NoSuchRun(f"no run in {str(runs_dir)!r}; start one with `polyrl run configs/quickstart.yaml`, or name its folder's parent with --runs-dir")
+            raise NoSuchRun(
+                f"no run in {str(runs_dir)!r}; start one with `polyrl run configs/quickstart.yaml`, or look elsewhere with --runs-dir"
+            )
         if name == "latest":
             return runs[-1]
         matches = [r for r in runs if r.id == name] or [r for r in runs if name in r.id]

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infra.cli.common import Json, RunsDir, UsageError, print_json
+from infra.cli.common import Json, RunsDir, print_json
+from infra.errors import UsageError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 Address = Annotated[
-    str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray's job API, http://HOST:8265. Without it, the head that `polyrl submit` started.")
+    str | None,
+    typer.Option(envvar="RAY_ADDRESS", help="Ray's job API, http://HOST:8265. Without it, the head that `polyrl submit` started."),
 ]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, a unique part of it, or latest.")]
 
@@ -56,7 +58,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Stay until the job ends. Ctrl-C leaves it running.")] = False,
 ) -> None:
     """Print a job's log, events as plain lines; with --follow, draw it live."""
-    from infra.jobs import _tail, show_line
+    from infra.jobs import show_line, tail
     from infra.view import PlainView, make_view
 
     client = _client(address, runs_dir)
@@ -66,7 +68,7 @@ def logs(
 
         view = make_view()
         try:
-            asyncio.run(_tail(client, name, view))
+            asyncio.run(tail(client, name, view))
         finally:
             view.close()
         return
@@ -105,17 +107,16 @@ def stop(
 
 def _client(address: str | None, runs_dir: Path) -> JobSubmissionClient:
     """Of the named cluster, or of our own head on this machine."""
-    from infra.jobs import Head, JobError, client, head_note
+    from infra.jobs import Head, client, head_note
 
     if address is None:
         head = Head.load(head_note(runs_dir))
         if head is None:
-            raise UsageError("no cluster: give --address http://HOST:8265 or set RAY_ADDRESS; no head that `polyrl submit` started runs here")
+            raise UsageError(
+                "no cluster: give --address http://HOST:8265 or set RAY_ADDRESS; no head that `polyrl submit` started runs here"
+            )
         address = head.address
-    try:
-        return client(address)
-    except JobError as error:
-        raise UsageError(str(error)) from error
+    return client(address)
 
 
 def _find(client: JobSubmissionClient, name: str) -> str:

@@ -13,11 +13,6 @@ from infra.run_state import fold
 from infra.view import clock
 from rl_core.run_store import StoredRun
 
-
-class UsageError(ValueError):
-    """The command cannot do what was asked. The message is one sentence."""
-
-
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.", envvar="POLYRL_RUNS_DIR")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of single keys, such as loop.steps=20.", show_default=False)]

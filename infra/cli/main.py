@@ -12,12 +12,11 @@ import typer
 
 from environments.registry import BrokenEnvironment, UnknownEnvironment
 from infra.cli import clusters, results, runs, tools
-from infra.cli.common import UsageError
-from infra.preflight import PreflightError
+from infra.errors import UsageError
 from rl_core.config import ConfigError
 from rl_core.run_store import NoSuchRun
 
-USER_ERRORS = (ConfigError, UnknownEnvironment, BrokenEnvironment, PreflightError, NoSuchRun, UsageError)
+USER_ERRORS = (ConfigError, UnknownEnvironment, BrokenEnvironment, NoSuchRun, UsageError)
 
 app = typer.Typer(
     help="Asynchronous, multi-environment RL post-training for language models.",

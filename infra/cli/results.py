@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-from infra.cli.common import Json, RunName, RunsDir, UsageError, print_json
+from infra.cli.common import Json, RunName, RunsDir, print_json
+from infra.errors import UsageError
 from infra.run_state import RunState, fold
 from infra.view import clock, number, short, sparkline, totals
 from rl_core.run_store import RunStore, StoredRun, list_runs
@@ -24,7 +25,10 @@ def runs(runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
     rows = []
     for run in list_runs(runs_dir):
         state = fold(run.events())
-        gains = {name: {"before": e.before and e.before.pass_rate, "after": e.after and e.after.pass_rate} for name, e in state.environments.items()}
+        gains = {
+            name: {"before": e.before and e.before.pass_rate, "after": e.after and e.after.pass_rate}
+            for name, e in state.environments.items()
+        }
         rows.append({"run": run.id, "state": run.state, "step": state.version, "steps": state.steps, "pass_rate": gains})
     if json:
         print_json(rows)
@@ -91,8 +95,10 @@ def ledger(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json
 
 
 def _print_table(state: RunState) -> None:
-    titles = f"{'environment':<14} {'before':>22} {'after':>22} {'points':>7} {'groups':>7} {'share':>10} {'stale':>9} {'MTP acc':>8} {'tok/step':>9}"
-    typer.echo(titles)
+    typer.echo(
+        f"{'environment':<14} {'before':>22} {'after':>22} {'points':>7} {'groups':>7} {'share':>10}"
+        f" {'stale':>9} {'MTP acc':>8} {'tok/step':>9}"
+    )
     for env in state.environments.values():
         staleness = max(env.values("staleness_max"), default=None)
         figures = env.to_json()

@@ -49,7 +49,8 @@ def submit(
     config: ConfigPath,
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray's job API, http://HOST:8265. Without it, a head is started on this machine.")
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="Ray's job API, http://HOST:8265. Without it, a head is started on this machine."),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show the run live until it ends. Ctrl-C stops it.")] = True,
 ) -> None:
