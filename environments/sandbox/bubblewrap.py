@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
-from environments.sandbox.base import Gate, Limits, Sandbox, SandboxJob, SandboxResult, SandboxUnavailable, default_width, runner_source, tail
+from environments.sandbox import base
+from environments.sandbox.base import Gate, Limits, Sandbox, SandboxJob, SandboxResult, SandboxUnavailable
 from environments.sandbox.cgroups import Cgroup, CgroupFactory
 from environments.sandbox.pump import Pipes, pump
 from environments.sandbox.seccomp import filter_program
@@ -35,9 +37,9 @@ class BubblewrapSandbox(Sandbox):
 
     def __init__(self, width: int | None = None) -> None:
         self._bwrap = _find_bwrap()
-        self._gate = Gate(width or default_width())
+        self._gate = Gate(width or base.default_width())
         self._cgroups = CgroupFactory()
-        self._source = runner_source()
+        self._source = base.runner_source()
         self._seccomp = filter_program()
         self._prefix = Path(sys.base_prefix)
         probe = self.run(SandboxJob(program="def f(x):\n return x", mode="function", inputs=(1,)))
@@ -84,26 +86,28 @@ class BubblewrapSandbox(Sandbox):
             return SandboxResult(kind="infra_error", stdout=b"", stderr_tail=f"{type(error).__name__}: {error}", wall_s=0.0)
         finally:
             os.close(seccomp)
-        assert process.stdin and process.stdout and process.stderr
+        stdin, stdout, stderr = streams = _streams(process)
         try:
-            kind, transcript = pump(Pipes(process.stdin.fileno(), process.stdout.fileno(), process.stderr.fileno()), payload, job.limits)
+            kind, transcript = pump(Pipes(stdin.fileno(), stdout.fileno(), stderr.fileno()), payload, job.limits)
         finally:
             # Ending bwrap ends its process namespace, and with it everything that the program started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            for stream in (process.stdin, process.stdout, process.stderr):
+            for stream in streams:
                 stream.close()
         if kind != "infra_error" and group is not None and group.out_of_memory:
             kind = "oom"
         seconds = time.monotonic() - started
-        return SandboxResult(kind=kind, stdout=transcript.answer, stderr_tail=tail(transcript.stderr), wall_s=seconds)
+        return SandboxResult(kind=kind, stdout=transcript.answer, stderr_tail=base.tail(transcript.stderr), wall_s=seconds)
 
     def command(self, limits: Limits, slot: int, seccomp_fd: int) -> list[str]:
         """The whole bwrap command line: every privilege that a program has is listed here."""
         root = os.geteuid() == 0
         # A user namespace that bwrap makes maps one uid only, so root does without one and the runner changes uid by itself.
-        identity = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+        identity = (
+            ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+        )
         return [
             str(self._bwrap),
             "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
@@ -140,6 +144,13 @@ class BubblewrapSandbox(Sandbox):
             mounts += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
         mounts += ["--remount-ro", "/dev", "--perms", "1777", "--size", str(limits.tmp_mb << 20), "--tmpfs", "/tmp"]
         return [*mounts, "--remount-ro", "/"]
+
+
+def _streams(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    return process.stdin, process.stdout, process.stderr
 
 
 def _find_bwrap() -> Path:

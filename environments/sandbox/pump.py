@@ -46,13 +46,16 @@ class Transcript:
         return bytes(self.stdout[len(READY) :])
 
 
-def pump(channel: Channel, payload: bytes, limits: Limits) -> tuple[Kind, Transcript]:
-    """Write `payload`, read until the end. The kind is finished, timeout, output_limit, or infra_error (never said ready)."""
+def pump(channel: Channel, payload: bytes, limits: Limits, *, until_ready: bool = False) -> tuple[Kind, Transcript]:
+    """Write `payload`, read until the end. The kind is finished, timeout, output_limit, or infra_error (never said ready).
+
+    With `until_ready`, stop after READY: the runner then waits for a job, warm.
+    """
     transcript = Transcript()
     deadline = time.monotonic() + limits.wall_s
     pending = memoryview(payload)
     kind: Kind = "finished"
-    while channel.open and kind == "finished":
+    while channel.open and kind == "finished" and not (until_ready and transcript.ready):
         left = deadline - time.monotonic()
         if left <= 0:
             kind = "timeout"

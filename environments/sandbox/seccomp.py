@@ -2,7 +2,8 @@
 
 Classic BPF, assembled here because libseccomp is not everywhere. Docker brings its own default profile, which denies the same.
 
-    load arch; unless it is ours: kill.  load number; for each denied: equal -> return EPERM.  allow.
+    load arch; unless it is ours: kill.  load number; clone3: no such call.  for each denied: equal -> EPERM.
+    clone: load its flags; any new namespace -> EPERM.  allow.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from __future__ import annotations
 import platform
 import struct
 
-_LOAD_WORD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_ALLOW, _EPERM, _KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000
+_LOAD_WORD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_IF_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _EPERM, _NO_SUCH_CALL, _KILL = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38, 0x80000000
+_NEW_NAMESPACES = 0x7E020000
+"""CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET. clone3 hides its flags behind a pointer, so it is not there
+at all: the C library then falls back to clone."""
 _X32_BIT = 0x40000000
 """On x86-64 a number with this bit is the x32 variant of the same call: denied altogether, or the list could be walked around."""
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_CLONE, _CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 # name: (number on x86-64, on aarch64); None where the call does not exist.
 _DENIED: dict[str, tuple[int | None, int | None]] = {
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
@@ -48,10 +53,18 @@ def filter_program(machine: str | None = None) -> bytes:
     ]
     if machine == "x86_64":
         code += [_instruction(_JUMP_AT_LEAST, _X32_BIT, 0, 1), _instruction(_RETURN, _KILL)]
+    code += [_instruction(_JUMP_EQUAL, _CLONE3, 0, 1), _instruction(_RETURN, _NO_SUCH_CALL)]
     for number in numbers:
         assert number is not None
         code += [_instruction(_JUMP_EQUAL, number, 0, 1), _instruction(_RETURN, _EPERM)]
-    return b"".join([*code, _instruction(_RETURN, _ALLOW)])
+    code += [
+        _instruction(_JUMP_EQUAL, _CLONE[machine], 0, 3),
+        _instruction(_LOAD_WORD, 16),  # seccomp_data.args[0], its low half
+        _instruction(_JUMP_IF_SET, _NEW_NAMESPACES, 0, 1),
+        _instruction(_RETURN, _EPERM),
+        _instruction(_RETURN, _ALLOW),
+    ]
+    return b"".join(code)
 
 
 def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
