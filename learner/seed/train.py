@@ -23,10 +23,13 @@ from learner.model import PolicyModel, seed_config
 from learner.seed.curriculum import FINAL, PHASES, Batch, Phase, batches
 from learner.seed.demonstrations import Course, texts
 from learner.seed.measure import Measured, measure
+from learner.seed.muon import Muon
 from learner.seed.tokenizer import VOCAB_SIZE, train_tokenizer
 from rl_core.chat import ChatML
 
-PEAK_LEARNING_RATE = 3e-3
+MUON_LEARNING_RATE = 0.02
+ADAM_LEARNING_RATE = 4e-3
+ADAM_NAMES = ("embeddings", "lm_head", "gate", "conv1d")
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.3  # of the steps, at the end, in which the learning rate falls linearly to zero
 WEIGHT_DECAY = 0.01
@@ -64,7 +67,6 @@ def train_seed(
     folder = Path(out)
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("medium")  # bfloat16 inner products where the CPU has them: two to three times faster
     torch.set_flush_denormal(True)  # moments that decay to denormal numbers slow a CPU down tenfold
     learn_tokenizer(folder, seed)
     chat = ChatML(folder)
@@ -104,7 +106,8 @@ def fit(
     model: PolicyModel, chat: ChatML, folder: Path, *, seed: int, steps: int, batch_tokens: int, report: Callable[[str], None]
 ) -> Iterator[int]:
     """Train, yielding the number of steps done after each one."""
-    optimizer = make_optimizer(model)
+    optimizers = make_optimizers(model)
+    peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     pad = int(chat.tokenizer.token_to_id("<|pad|>"))
     progress = Progress()
     step = 0
@@ -112,9 +115,9 @@ def fit(
         located = Phase(until=phase.until, courses=tuple(_located(c, folder) for c in phase.courses))
         stream = batches(located, chat, pad=pad, batch_tokens=batch_tokens, seed=10_007 * seed + number)
         while step < int(phase.until * steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps)
-            learn(model, optimizer, next(stream), progress)
+            for group, peak in peaks:
+                group["lr"] = peak * learning_rate(step, steps)
+            learn(model, optimizers, next(stream), progress)
             step += 1
             if time.monotonic() - progress.since > REPORT_EVERY_S:
                 report(describe(progress, step, steps))
@@ -122,7 +125,7 @@ def fit(
             yield step
 
 
-def learn(model: PolicyModel, optimizer: torch.optim.Optimizer, batch: Batch, progress: Progress) -> None:
+def learn(model: PolicyModel, optimizers: list[torch.optim.Optimizer], batch: Batch, progress: Progress) -> None:
     """One optimizer step on one batch."""
     ids, mask = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.loss_mask)
     hidden = model(ids)
@@ -131,10 +134,11 @@ def learn(model: PolicyModel, optimizer: torch.optim.Optimizer, batch: Batch, pr
     drafts = model.mtp_hidden(hidden.detach(), ids)[:, :-1][ahead]
     mtp_loss = F.cross_entropy(model.logits(drafts, frozen_head=True), ids[:, 2:][ahead])
     loss = nll.sum() / max(nll.numel(), MIN_LOSS_TOKENS) + MTP_WEIGHT * mtp_loss
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     rows = mask[:, 1:].nonzero()[:, 0]
     for env in set(batch.envs):
         chosen = torch.tensor([e == env for e in batch.envs])[rows]
@@ -145,19 +149,22 @@ def learn(model: PolicyModel, optimizer: torch.optim.Optimizer, batch: Batch, pr
     progress.tokens += batch.num_tokens
 
 
-def make_optimizer(model: PolicyModel) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.97), foreach=True)
+def make_optimizers(model: PolicyModel) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices; AdamW for embedding, LM head, routers, convolutions and vectors."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in trained if p.ndim >= 2 and not any(part in name for part in ADAM_NAMES)]
+    rest = [p for name, p in trained if p.ndim < 2 or any(part in name for part in ADAM_NAMES)]
+    return [
+        Muon(hidden, lr=MUON_LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        torch.optim.AdamW(rest, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, foreach=True),
+    ]
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Warm up, stay, decay linearly to zero over the last DECAY_SHARE of `steps`."""
+    """Relative to the peak: warm up, stay, decay linearly to zero over the last DECAY_SHARE of `steps`."""
     warm = min(1.0, (step + 1) / min(WARMUP_STEPS, max(1, steps // 10)))
     left = (steps - step) / max(1.0, DECAY_SHARE * steps)
-    return PEAK_LEARNING_RATE * min(warm, left, 1.0)
+    return min(warm, left, 1.0)
 
 
 def describe(progress: Progress, step: int, steps: int) -> str:
