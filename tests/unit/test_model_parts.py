@@ -1,0 +1,92 @@
+"""The chunked scan and the sorted experts against their definitions, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner.mamba_scan import causal_conv_silu, chunked_scan
+from learner.moe import SortedExperts, route
+
+torch.set_num_threads(1)
+
+
+def step_by_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """The recurrence as it is defined, one position at a time."""
+    batch, length, heads, width = x.shape
+    per_group = heads // b.shape[2]
+    b, c = b.repeat_interleave(per_group, 2), c.repeat_interleave(per_group, 2)
+    state = x.new_zeros(batch, heads, b.shape[-1], width)
+    out = []
+    for t in range(length):
+        decay = (dt[:, t] * a).exp()[..., None, None]
+        state = decay * state + b[:, t, :, :, None] * (dt[:, t, :, None] * x[:, t])[:, :, None, :]
+        out.append((c[:, t, :, :, None] * state).sum(2) + d[:, None] * x[:, t])
+    return torch.stack(out, 1)
+
+
+def scan_inputs(length: int, groups: int, dtype: torch.dtype, fast: float = 1.0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(length)
+    heads, width, states = 4, 6, 5
+    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    inputs = [rand(2, length, heads, width), rand(2, length, heads).exp() * 0.1 * fast, -torch.arange(1.0, heads + 1, dtype=torch.float64)]
+    inputs += [rand(2, length, groups, states), rand(2, length, groups, states), rand(heads)]
+    return [t.to(dtype).requires_grad_() for t in inputs]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("length", "chunk"), [(1, 32), (5, 32), (32, 32), (33, 32), (50, 8), (64, 8)])
+def test_the_chunked_scan_and_its_gradients_are_the_recurrence_to_float64_precision(length: int, chunk: int, groups: int) -> None:
+    inputs = scan_inputs(length, groups, torch.float64)
+    ours, theirs = chunked_scan(*inputs, chunk=chunk), step_by_step(*inputs)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
+    pull = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for mine, its in zip(torch.autograd.grad((ours * pull).sum(), inputs), torch.autograd.grad((theirs * pull).sum(), inputs), strict=True):
+        torch.testing.assert_close(mine, its, atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("fast", [0.01, 1.0, 30.0])
+def test_float32_keeps_five_digits_from_slow_to_violent_decay(fast: float) -> None:
+    """fast = 30 decays by exp(-300) within a few positions: nothing may overflow on the masked side of the chunk."""
+    exact = step_by_step(*scan_inputs(200, 2, torch.float64, fast))
+    ours = chunked_scan(*scan_inputs(200, 2, torch.float32, fast))
+    assert torch.isfinite(ours).all()
+    assert (ours - exact).abs().max() / exact.abs().max() < 1e-5
+
+
+def test_a_state_is_carried_across_many_chunks() -> None:
+    x, dt, a, b, c, d = (t.detach() for t in scan_inputs(400, 1, torch.float64))
+    x[:, 1:], d, a = 0, torch.zeros_like(d), torch.full_like(a, -1e-4)
+    assert chunked_scan(x, dt, a, b, c, d, chunk=16)[:, -1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_the_convolution_is_causal_and_equals_conv1d(length: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((2, length, 6), (6, 1, 4), (6,)))
+    wanted = torch.nn.functional.conv1d(x.transpose(1, 2), weight, bias, padding=3, groups=6)[..., :length].transpose(1, 2)
+    torch.testing.assert_close(causal_conv_silu(x, weight, bias), torch.nn.functional.silu(wanted))
+    unbiased = torch.nn.functional.conv1d(x.transpose(1, 2), weight, None, padding=3, groups=6)[..., :length].transpose(1, 2)
+    torch.testing.assert_close(causal_conv_silu(x, weight, None), torch.nn.functional.silu(unbiased))
+
+
+def test_sorted_experts_pass_a_numerical_gradient_check_even_where_an_expert_has_no_token() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, up, down = (torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in ((7, 3), (4, 5, 3), (4, 3, 5)))
+    weights = torch.rand(7, 2, generator=g, dtype=torch.float64, requires_grad=True)
+    chosen = torch.tensor([[0, 1], [1, 0], [3, 1], [0, 3], [3, 0], [1, 3], [0, 1]])  # nobody chose expert 2
+    assert torch.autograd.gradcheck(lambda x, w, up, down: SortedExperts.apply(x, chosen, w, up, down), (x, weights, up, down))
+    wanted = torch.stack(
+        [sum(weights[t, i] * (down[e] @ (up[e] @ x[t]).relu().square()) for i, e in enumerate(chosen[t])) for t in range(7)]  # type: ignore[misc]
+    )
+    torch.testing.assert_close(SortedExperts.apply(x, chosen, weights, up, down), wanted)
+
+
+def test_the_balancing_bias_changes_who_is_chosen_but_not_what_they_weigh() -> None:
+    scores = torch.tensor([[0.9, 0.6, 0.3]])
+    chosen, weights = route(scores, torch.tensor([0.0, 0.0, 0.5]), 2, normalise=True, scale=2.0)
+    assert set(chosen[0].tolist()) == {0, 2}
+    by_expert = dict(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))
+    assert by_expert[0] == pytest.approx(2 * 0.9 / 1.2)
+    assert by_expert[2] == pytest.approx(2 * 0.3 / 1.2)
