@@ -4,6 +4,7 @@ Everywhere: the weight-transfer backend "polyrl", and an engine process that nev
 On CPU only, where stock vLLM 0.32 is wrong or refuses for Mamba-2 / attention / MoE hybrids:
 
     conv_update.py   speculative decoding left rejected draft tokens in the convolution state (silently wrong samples)
+    sampling.py      speculative decoding sampled at a temperature read from uninitialised memory (silently wrong samples)
     latent_moe.py    ungated (relu^2) experts are refused
 
 On CUDA no layer is touched.
@@ -31,10 +32,10 @@ def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "rollout_workers.vllm_plugin.weights", "SharedMemoryWeights")
     if current_platform.is_cpu():
-        from rollout_workers.vllm_plugin import conv_update, latent_moe
+        from rollout_workers.vllm_plugin import conv_update, latent_moe, sampling
 
-        conv_update.install()
-        latent_moe.install()
+        for fix in (conv_update, latent_moe, sampling):
+            fix.install()
 
 
 _watched: list[int] = []
