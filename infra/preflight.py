@@ -21,10 +21,20 @@ class PreflightError(UsageError):
 
 def preflight(config: RunConfig) -> None:
     """Raise for the first thing that would stop this run later. Takes a second at most; neither Ray nor vLLM is imported."""
-    for name, env in config.environments.items():
-        resolve(env.id or name)
+    for name in config.environments:
+        check_environment(config, name)
     check_speculation(config)
     check_disk(Path(config.runs_dir))
+
+
+def check_environment(config: RunConfig, name: str) -> None:
+    """It must exist, and draw a task with these options."""
+    env = config.environments[name]
+    env_class = resolve(env.id or name)
+    try:
+        next(env_class.tasks("train", config.seed, {"tokenizer": config.model.path, **env.options}))
+    except ValueError as error:
+        raise PreflightError(f"environments.{name}.options: {error}") from error
 
 
 def check_disk(folder: Path) -> None:

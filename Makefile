@@ -1,0 +1,30 @@
+# make run     set up, then the main job: four environments, one asynchronous run, followed live
+# make test    set up, then unit, integration and end-to-end tests
+# make lint    set up, then ruff and mypy
+# make setup   .venv with everything in it; quick when it is there already (KIND=gpu for NVIDIA machines, PYTHON=... to choose)
+# make clean   remove .venv and caches; runs/ stays
+
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+KIND ?= cpu
+BIN := .venv/bin
+
+.PHONY: run setup test lint clean
+
+run: setup
+	@$(BIN)/polyrl submit $(CONFIG) --follow $(ARGS)
+
+setup:
+	@infra/bootstrap.sh $(KIND)
+
+test: setup
+	$(BIN)/python -m pytest tests/unit tests/integration tests/e2e $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
