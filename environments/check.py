@@ -57,13 +57,18 @@ class CheckResult:
         return f"{'ok  ' if self.ok else 'FAIL'}  {self.name}: {self.detail}"
 
 
-def check_environment(env_class: type[TextEnv], options: Mapping[str, Any] | None = None, *, num_tasks: int = 8) -> list[CheckResult]:
-    """Every check, in order; none raises. Takes seconds, and minutes where each verdict runs a program."""
+def check_environment(
+    env_class: type[TextEnv], options: Mapping[str, Any] | None = None, *, num_tasks: int = 8, second_process: bool = True
+) -> list[CheckResult]:
+    """Every check, in order; none raises. Takes seconds, and minutes where each verdict runs a program.
+
+    Without `second_process` no Python is started to compare draws with.
+    """
     options = dict(options or {})
     checks: list[tuple[str, Callable[[], str]]] = [
         ("Gymnasium's own checker passes", lambda: _gymnasium(env_class, options)),
         ("tasks are JSON and survive a round trip", lambda: _json(env_class, options, num_tasks)),
-        ("tasks and prompts are identical in every process", lambda: _processes(env_class, options)),
+        ("tasks and prompts are identical in every process", lambda: _processes(env_class, options, second_process)),
         ("no task is in both splits", lambda: _splits(env_class, options)),
         ("the oracle earns 1.0 when it shows its working", lambda: _oracle(env_class, options | {"oracle_working": 1.0}, num_tasks)),
         ("the oracle earns 1.0 when it answers at once", lambda: _oracle(env_class, options | {"oracle_working": 0.0}, num_tasks)),
@@ -157,11 +162,11 @@ def _json(env_class: type[TextEnv], options: Mapping[str, Any], num_tasks: int) 
     return f"{num_tasks} tasks"
 
 
-def _processes(env_class: type[TextEnv], options: Mapping[str, Any]) -> str:
+def _processes(env_class: type[TextEnv], options: Mapping[str, Any], second: bool) -> str:
     here = fingerprint(env_class, options)
     assert here == fingerprint(env_class, options), "two draws in one process differ: does make_task or begin use a global random state?"
-    if "<locals>" in env_class.__qualname__ or env_class.__module__ == "__main__":
-        return "the same twice in this process; the class cannot be imported in another"
+    if not second or "<locals>" in env_class.__qualname__ or env_class.__module__ == "__main__":
+        return "the same twice in this process; no second one was asked, or none can import the class"
     target = f"{env_class.__module__}:{env_class.__qualname__}"
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     child = subprocess.run(
