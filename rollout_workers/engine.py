@@ -146,6 +146,7 @@ class Engine:
     ) -> Completion:
         import vllm
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         request = vllm.SamplingParams(
             max_tokens=max_tokens,
@@ -162,8 +163,11 @@ class Engine:
         )
         final: Any = None
         prompt = [int(i) for i in prompt_ids]
-        async for output in self._llm.generate({"prompt_token_ids": prompt}, request, request_id):
-            final = output
+        try:
+            async for output in self._llm.generate({"prompt_token_ids": prompt}, request, request_id):
+                final = output
+        except EngineDeadError as error:
+            raise EngineError(f"the engine process of worker {self.name} died; its log says why") from error
         if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
             reason = None if final is None else final.outputs[0].finish_reason
             raise EngineError(f"worker {self.name} gave up request {request_id} (finish reason {reason!r}); wanted 'stop' or 'length'")
@@ -173,10 +177,14 @@ class Engine:
         return await self._bounded(call, CONTROL_TIMEOUT_S, what)
 
     async def _bounded(self, call: Awaitable[T], seconds: float, what: str) -> T:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         try:
             return await asyncio.wait_for(call, seconds)
         except TimeoutError:
             raise EngineError(f"worker {self.name} did not {what} within {seconds:.0f} s") from None
+        except EngineDeadError as error:
+            raise EngineError(f"worker {self.name} could not {what}: its engine process died") from error
 
 
 def completion(prompt: Sequence[int], output: Any, *, speculative: bool) -> Completion:
