@@ -18,30 +18,38 @@ from rl_core.types import Completion, Group, Message, Rollout, Status, Task, Ver
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(scenario: str, num_ranks: int, folder: Path, **settings: Any) -> list[Any]:
-    """What `tests.integration.learner_scenarios.<scenario>(rank, num_ranks, folder, **settings)` returned (JSON) on each rank."""
+def run_ranks(num_ranks: int, folder: Path, plan: Sequence[tuple[str, str, dict[str, Any]]]) -> dict[str, list[Any]]:
+    """Run each (name, scenario, settings) of `plan` one after the other on the same ranks; name -> what each rank returned (JSON).
+
+    A scenario is `learner_scenarios.<scenario>(rank, folder, **settings)`. One set of processes for many scenarios, since importing
+    torch, Transformers and DeepSpeed is most of the time.
+    """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_DISABLE_IMPORT_WARNING": "1"}
-    outs = [folder / f"{scenario}-{rank}.json" for rank in range(num_ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    outs = [folder / f"out-{num_ranks}-{rank}.json" for rank in range(num_ranks)]
+    program = [sys.executable, "-m", "tests.integration.learner_scenarios"]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.learner_scenarios", scenario, str(rank), str(num_ranks), str(port), str(folder),
-             json.dumps(settings), str(out)],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*program, str(rank), str(num_ranks), str(port), str(folder), json.dumps(plan), str(out)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank, out in enumerate(outs)
-    ]  # fmt: skip
+    ]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, f"{scenario} failed:\n{output[-6000:]}"
+            output, _ = process.communicate(timeout=280)
+            assert process.returncode == 0, f"a rank failed:\n{output[-6000:]}"
     finally:
         for process in processes:
             process.kill()
-    return [json.loads(out.read_text()) for out in outs]
+    answers = [json.loads(out.read_text()) for out in outs]
+    return {name: [answer[name] for answer in answers] for name, _, _ in plan}
 
 
 def completion(prompt: Sequence[int], sampled: Sequence[int], logprobs: Sequence[float] | None = None, version: int = 0) -> Completion:

@@ -1,4 +1,4 @@
-"""What a rank does in test_learner. Runs in a process of its own: `python -m tests.integration.learner_scenarios NAME RANK ...`."""
+"""What a rank does in test_learner. Runs in processes of its own, which `learner_ranks.run_ranks` starts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 
 from learner import checkpoint
 from learner.learner import Learner, StalenessError
 from learner.model import PolicyModel
 from learner.optimizer import connect
+from rl_core.advantages import group_advantages
 from rl_core.config import ImportanceConfig, LearnerConfig
 from rl_core.types import Group
 from tests.integration.learner_ranks import completion, group, random_groups, rollout
@@ -27,6 +29,8 @@ TEMPERATURES = {"math": 1.0, "tools": 0.7}
 
 def small_config(**changes: Any) -> LearnerConfig:
     """Wide importance bounds, so that random behaviour logprobs are not masked unless a test wants it."""
+    if isinstance(changes.get("importance"), dict):
+        changes["importance"] = ImportanceConfig(**changes["importance"])
     return replace(LearnerConfig(warmup_steps=1, learning_rate=1e-2, importance=ImportanceConfig(low=0.0, high=1e9)), **changes)
 
 
@@ -44,27 +48,59 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {} if blob is None else safetensors.torch.load(blob.tobytes())
 
 
-def steps(rank: int, num_ranks: int, folder: Path, *, count: int, name: str, dtype: str = "float32", **changes: Any) -> Any:
-    """Train `count` steps on fixed groups; store the weights."""
+def steps(rank: int, folder: Path, *, count: int, dtype: str = "float32", **changes: Any) -> Any:
+    """Train `count` steps on fixed groups. Metrics of each step."""
     learner = make(folder, dtype=getattr(torch, dtype), **changes)
     metrics = []
     for step in range(count):
         learner.accumulate(random_groups(4, vocab=VOCAB, seed=step, version=step))
         metrics.append(dict(learner.apply().metrics))
-    state = weights(learner)
-    if rank == 0:
-        safetensors.torch.save_file(state, folder / f"{name}.safetensors")
     return metrics
 
 
-def resume(rank: int, num_ranks: int, folder: Path, **changes: Any) -> Any:
+def gradients(rank: int, folder: Path, *, name: str, **changes: Any) -> Any:
+    """Store the gradients of one batch, as every rank sees them after averaging, in `<name>-<rank>.safetensors`."""
+    learner = make(folder, **changes)
+    metrics = learner.accumulate(random_groups(6, vocab=VOCAB, seed=0))
+    found = {name: safe_get_full_grad(p) for name, p in learner.model.named_parameters() if p.requires_grad}
+    safetensors.torch.save_file({name: g.contiguous() for name, g in found.items() if g is not None}, folder / f"{name}-{rank}.safetensors")
+    return metrics
+
+
+def reference(rank: int, folder: Path) -> Any:
+    """The same gradients in plain torch, float64, one turn at a time without padding; the formula written out once more."""
+    model = small_model(folder, torch.float64)
+    rollouts = [(r, a) for g in random_groups(6, vocab=VOCAB, seed=0) for r, a in zip(g.rollouts, group_advantages(g, "grpo"), strict=True)]
+    tokens = sum(r.num_sampled for r, _ in rollouts)
+    total = torch.zeros((), dtype=torch.float64)
+    for sampled, advantage in rollouts:
+        for turn in sampled.completions:
+            ids = torch.from_numpy(np.concatenate([turn.prompt_ids, turn.token_ids]).astype(np.int64))[None]
+            start, hidden = len(turn.prompt_ids), model(ids)
+            temperature = TEMPERATURES[sampled.env]
+            logprobs = (model.lm.get_output_embeddings()(hidden[0, start - 1 : -1]) / temperature).log_softmax(-1)
+            own = logprobs.gather(-1, ids[0, start:, None])[:, 0]
+            weight = (own.detach() - torch.from_numpy(turn.logprobs).double()).exp()
+            total = total - (weight * float(advantage) * (own - own.detach()).exp()).sum() / tokens
+            drafted = model.mtp_hidden(hidden.detach(), ids)[0, start - 2 : -1]
+            head = model.lm.get_output_embeddings().weight.detach()
+            cross_entropy = torch.nn.functional.cross_entropy(drafted @ head.T, ids[0, start:], reduction="sum")
+            total = total + 0.3 * cross_entropy / tokens
+    total.backward()
+    routers = {id(p) for p in model.router_parameters()}
+    found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None and id(p) not in routers}
+    safetensors.torch.save_file(found, folder / "reference.safetensors")
+    return float(total)
+
+
+def resume(rank: int, folder: Path, *, name: str, **changes: Any) -> Any:
     """Two steps, a checkpoint, a third step; then a new learner goes on from the checkpoint with the same third step."""
     learner = make(folder, **changes)
     for step in range(2):
         learner.accumulate(random_groups(2, vocab=VOCAB, seed=step, version=step))
         learner.apply()
-    learner.save(folder / "checkpoints")
-    found = checkpoint.latest(folder / "checkpoints")
+    learner.save(folder / name)
+    found = checkpoint.latest(folder / name)
     assert found is not None
     third = random_groups(2, vocab=VOCAB, seed=2, version=2)
 
@@ -86,7 +122,7 @@ def resume(rank: int, num_ranks: int, folder: Path, **changes: Any) -> Any:
     }
 
 
-def bandit(rank: int, num_ranks: int, folder: Path, *, count: int) -> Any:
+def bandit(rank: int, folder: Path, *, count: int) -> Any:
     """Sample three tokens from the model itself after a fixed prompt; the reward is the share of token 7. Rewards of each step."""
     learner = make(folder, learning_rate=2e-3, importance=ImportanceConfig())
     rng = torch.Generator().manual_seed(0)
@@ -114,7 +150,7 @@ def bandit(rank: int, num_ranks: int, folder: Path, *, count: int) -> Any:
     return {"rewards": rewards, "masked": drops, "mtp": metrics["learner/mtp_loss"]}
 
 
-def refusals(rank: int, num_ranks: int, folder: Path) -> Any:
+def refusals(rank: int, folder: Path) -> Any:
     """What the learner says to tokens that are too old or too new, and to calls in the wrong order."""
     learner = make(folder, max_staleness=1)
     learner.version = 5
@@ -138,8 +174,8 @@ def refusals(rank: int, num_ranks: int, folder: Path) -> Any:
     return {"said": said, "staleness": metrics["learner/staleness_max"]}
 
 
-def agreement(rank: int, num_ranks: int, folder: Path, **changes: Any) -> Any:
-    """The agreement on completions whose logprobs are the model's own, and on ones that are 0.5 nats off; between the two halves of a step."""
+def agreement(rank: int, folder: Path, **changes: Any) -> Any:
+    """The agreement between the halves of a step, on completions whose logprobs are the model's own and on ones 0.5 nats off."""
     learner = make(folder, **changes)
     model = small_model(folder)
     rng = np.random.default_rng(0)
@@ -164,9 +200,9 @@ def agreement(rank: int, num_ranks: int, folder: Path, **changes: Any) -> Any:
 
 
 if __name__ == "__main__":
-    scenario, rank, num_ranks, port, folder, settings, out = sys.argv[1:]
+    rank, num_ranks, port, folder, plan, out = sys.argv[1:]
     torch.set_num_threads(1)
     connect(rank=int(rank), world_size=int(num_ranks), address="127.0.0.1", port=int(port), timeout_s=60)
-    answer = globals()[scenario](int(rank), int(num_ranks), Path(folder), **json.loads(settings))
-    Path(out).write_text(json.dumps(answer))
+    answers = {name: globals()[scenario](int(rank), Path(folder), **settings) for name, scenario, settings in json.loads(plan)}
+    Path(out).write_text(json.dumps(answers))
     dist.destroy_process_group()

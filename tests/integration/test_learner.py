@@ -1,0 +1,161 @@
+"""The learner on real parts: a small random hybrid with an MTP head, DeepSpeed ZeRO, gloo ranks in processes of their own."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.integration.learner_ranks import run_ranks
+from tests.integration.learner_scenarios import VOCAB
+from tests.integration.tiny_hybrid import make_tiny_hybrid
+
+ONE_RANK = [
+    ("reference", "reference", {}),
+    ("whole", "gradients", {"name": "whole"}),
+    ("pieces", "gradients", {"name": "pieces", "microbatch_tokens": 48}),
+    ("zero2", "gradients", {"name": "zero2", "zero_stage": 2, "microbatch_tokens": 48}),
+    ("zero3", "gradients", {"name": "zero3", "zero_stage": 3, "microbatch_tokens": 48}),
+    ("masked", "gradients", {"name": "masked", "importance": {"low": 0.999, "high": 1.001}}),
+    ("steps", "steps", {"count": 3}),
+    ("bfloat16", "steps", {"count": 3, "dtype": "bfloat16", "microbatch_tokens": 64}),
+    ("no_mtp", "steps", {"count": 1, "mtp_loss_weight": 0.0}),
+    ("resume", "resume", {"name": "resume1"}),
+    ("refusals", "refusals", {}),
+    ("agreement", "agreement", {}),
+    ("bandit", "bandit", {"count": 25}),
+]
+
+TWO_RANKS = [
+    ("zero1", "gradients", {"name": "two1", "microbatch_tokens": 48}),
+    ("zero2", "gradients", {"name": "two2", "zero_stage": 2, "microbatch_tokens": 48}),
+    ("zero3", "gradients", {"name": "two3", "zero_stage": 3, "microbatch_tokens": 48}),
+    ("steps1", "steps", {"count": 3, "microbatch_tokens": 48}),
+    ("steps3", "steps", {"count": 3, "zero_stage": 3}),
+    ("resume1", "resume", {"name": "resume2-1"}),
+    ("resume3", "resume", {"name": "resume2-3", "zero_stage": 3}),
+    ("agreement", "agreement", {"zero_stage": 3}),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learner")
+    make_tiny_hybrid(folder / "model", vocab_size=VOCAB)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, list[Any]]:
+    """What one rank did."""
+    return run_ranks(1, folder, ONE_RANK)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, one: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """What two ranks did, after the one rank: the machine has few cores."""
+    return run_ranks(2, folder, TWO_RANKS)
+
+
+def gradient_error(folder: Path, name: str, wanted: str) -> float:
+    """Largest deviation of any gradient, relative to the largest entry of that parameter's gradient (and a small floor)."""
+    got, expected = (safetensors.torch.load_file(folder / f"{n}.safetensors") for n in (name, wanted))
+    assert set(got) == set(expected)
+    top = max(float(g.abs().max()) for g in expected.values())
+    return max(float((got[n] - g).abs().max()) / max(float(g.abs().max()), 1e-4 * top) for n, g in expected.items())
+
+
+@pytest.mark.parametrize("name", ["whole", "pieces", "zero2", "zero3"])
+def test_gradients_are_those_of_the_formula_for_any_packing_and_zero_stage(folder: Path, one: dict[str, Any], name: str) -> None:
+    assert gradient_error(folder, f"{name}-0", "reference") < 1e-3
+    assert one[name][0]["learner/loss"] == pytest.approx(one["reference"][0], rel=1e-4)
+
+
+def test_packing_really_differs_between_these_tests(one: dict[str, Any]) -> None:
+    assert one["whole"][0]["learner/microbatches"] < one["pieces"][0]["learner/microbatches"]
+    assert one["pieces"][0]["learner/padded_tokens"] >= one["pieces"][0]["learner/real_tokens"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_give_the_gradients_of_one(folder: Path, one: dict[str, Any], two: dict[str, Any], stage: int) -> None:
+    for rank in (0, 1):
+        assert gradient_error(folder, f"two{stage}-{rank}", "reference") < 1e-3
+    for key, value in one["whole"][0].items():
+        if "/" in key and not key.endswith(("_s", "padded_tokens", "microbatches")):
+            assert two[f"zero{stage}"][0][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+            assert two[f"zero{stage}"][1][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["steps1", "steps3"])
+def test_two_ranks_take_the_steps_of_one(one: dict[str, Any], two: dict[str, Any], name: str) -> None:
+    for alone, together in zip(one["steps"][0], two[name][0], strict=True):
+        assert together["learner/grad_norm"] == pytest.approx(alone["learner/grad_norm"], rel=1e-2)
+        assert together["learner/mtp_grad_norm"] == pytest.approx(alone["learner/mtp_grad_norm"], rel=1e-2)
+        assert together["learner/entropy"] == pytest.approx(alone["learner/entropy"], rel=1e-2)
+
+
+def test_tokens_outside_the_importance_bounds_contribute_no_gradient(folder: Path, one: dict[str, Any]) -> None:
+    metrics, found = one["masked"][0], safetensors.torch.load_file(folder / "masked-0.safetensors")
+    assert metrics["learner/masked_share"] > 0.9
+    assert metrics["env/math/masked_share"] > 0.9
+    everything = safetensors.torch.load_file(folder / "whole-0.safetensors")
+    share = {n: float(g.norm() / everything[n].norm().clamp(min=1e-12)) for n, g in found.items() if not n.startswith("mtp")}
+    if metrics["learner/masked_share"] == 1.0:
+        assert max(share.values()) == 0.0
+    assert torch.tensor(list(share.values())).median() < 0.5
+
+
+def test_the_policy_gets_no_gradient_from_the_mtp_loss(folder: Path, one: dict[str, Any]) -> None:
+    with_mtp, without = one["steps"][0][0], one["no_mtp"][0][0]
+    assert with_mtp["learner/grad_norm"] == pytest.approx(without["learner/grad_norm"], rel=1e-6)
+    assert with_mtp["learner/mtp_grad_norm"] > 0
+    assert "learner/mtp_grad_norm" not in without
+
+
+def test_bfloat16_trains_close_to_float32(one: dict[str, Any]) -> None:
+    for low, full in zip(one["bfloat16"][0], one["steps"][0], strict=True):
+        assert low["learner/entropy"] == pytest.approx(full["learner/entropy"], rel=0.1)
+        assert math.isfinite(low["learner/grad_norm"])
+
+
+def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for answer in (one["resume"][0], two["resume1"][0], two["resume3"][0]):
+        assert answer["versions"] == [3, 3]
+        assert answer["norms"][0] == answer["norms"][1]
+        assert answer["equal"]
+        assert answer["folder"] == "step-000002"
+        assert {"model", "optimizer", "state.json", "rank-0.pt"} <= set(answer["files"])
+
+
+def test_tokens_that_are_too_old_or_too_new_are_refused_with_their_numbers(one: dict[str, Any]) -> None:
+    said = one["refusals"][0]["said"]
+    assert said["old"].startswith("StalenessError")
+    assert "'math'" in said["old"]
+    assert "version 3" in said["old"]
+    assert said["new"].startswith("StalenessError")
+    assert "version 6" in said["new"]
+    assert "without a single token" in said["empty"]
+    assert "twice" in said["twice"]
+    assert "between" in said["save"]
+    assert one["refusals"][0]["staleness"] == 1.0
+
+
+def test_agreement_is_exact_for_the_models_own_logprobs_and_leaves_the_step_alone(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for answer in (one["agreement"][0], two["agreement"][0], two["agreement"][1]):
+        mean, largest, tokens = answer["good"]
+        assert mean < 1e-5
+        assert largest < 1e-4
+        assert tokens == 18
+        assert answer["bad"] == pytest.approx(0.5, abs=1e-3)
+        assert answer["norms"][0] == pytest.approx(answer["norms"][1], rel=1e-6)
+
+
+def test_reward_of_a_bandit_rises(one: dict[str, Any]) -> None:
+    rewards = one["bandit"][0]["rewards"]
+    assert sum(rewards[:3]) / 3 < 0.3
+    assert sum(rewards[-3:]) / 3 > 0.7
+    assert max(one["bandit"][0]["masked"]) < 0.05
