@@ -8,7 +8,7 @@ often the policy chooses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,37 +65,39 @@ class Batch:
         return int(self.token_ids.size)
 
 
-def batches(phase: Phase, chat: ChatML, *, pad: int, batch_tokens: int, seed: int, pool: int = 24) -> Iterator[Batch]:
-    """Batches of at most `batch_tokens` padded tokens (or one longer sequence), without end and the same for the same arguments.
+FILLED = 0.8
+"""A batch is closed when another, longer sequence would leave less than this share of it unpadded."""
 
-    Demonstrations are drawn `pool` batches at a time and sorted by length, so that little is padding; then the batches are shuffled.
+
+def steps_of(phase: Phase, chat: ChatML, *, pad: int, step_tokens: int, seed: int) -> Iterator[list[Batch]]:
+    """The batches of one optimizer step after another, without end and the same for the same arguments.
+
+    Every step holds about `step_tokens` tokens and every course its share, as far as whole demonstrations allow: a long
+    document is drawn once its course has saved up for it. What is alike in length is padded together.
     """
-    rng = np.random.default_rng(seed)
     streams = [demonstrations(c, resolve(c.env), chat, split="train", seed=seed + 1000 * i) for i, c in enumerate(phase.courses)]
-    shares = np.array([c.share for c in phase.courses])
-    given = np.zeros(len(streams))
+    total_share = sum(c.share for c in phase.courses)
+    saved = [0.0] * len(streams)
     while True:
         drawn: list[Demonstration] = []
-        total = 0
-        while total < pool * batch_tokens:
-            course = int(np.argmin(given / shares))
-            drawn.append(next(streams[course]))
-            given[course] += len(drawn[-1])
-            total += len(drawn[-1])
-        drawn.sort(key=len)
-        made = list(_cut(drawn, batch_tokens, pad))
-        for i in rng.permutation(len(made)):
-            yield made[i]
+        for i, (course, stream) in enumerate(zip(phase.courses, streams, strict=True)):
+            saved[i] += course.share / total_share * step_tokens
+            while saved[i] > 0:
+                drawn.append(next(stream))
+                saved[i] -= len(drawn[-1])
+        yield list(_cut(sorted(drawn, key=len), pad))
 
 
-def _cut(drawn: Iterable[Demonstration], batch_tokens: int, pad: int) -> Iterator[Batch]:
+def _cut(drawn: list[Demonstration], pad: int) -> Iterator[Batch]:
     """`drawn` goes from short to long, so the newest sequence is the width of its batch."""
     rows: list[Demonstration] = []
+    tokens = 0
     for demonstration in drawn:
-        if rows and len(demonstration) * (len(rows) + 1) > batch_tokens:
+        if rows and tokens + len(demonstration) < FILLED * len(demonstration) * (len(rows) + 1):
             yield collate(rows, pad)
-            rows = []
+            rows, tokens = [], 0
         rows.append(demonstration)
+        tokens += len(demonstration)
     if rows:
         yield collate(rows, pad)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from environments.registry import resolve
 from learner.model import PolicyModel, seed_config
-from learner.seed.curriculum import FINAL, PHASES, Batch, Phase, batches
+from learner.seed.curriculum import FINAL, PHASES, Batch, Phase, steps_of
 from learner.seed.demonstrations import Course, texts
 from learner.seed.measure import Measured, measure
 from learner.seed.muon import Muon
@@ -35,8 +36,6 @@ DECAY_SHARE = 0.3  # of the steps, at the end, in which the learning rate falls 
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 MTP_WEIGHT = 0.5
-MIN_LOSS_TOKENS = 192
-"""A batch with fewer target tokens counts as if it had this many: long documents have short answers, whose gradient is noisy."""
 TOKENIZER_EPISODES = 2000
 REPORT_EVERY_S = 10.0
 
@@ -48,7 +47,7 @@ class Progress:
     tokens: int = 0
     since: float = field(default_factory=time.monotonic)
     loss: dict[str, float] = field(default_factory=dict)
-    count: dict[str, int] = field(default_factory=dict)
+    count: Counter[str] = field(default_factory=Counter)
     mtp: float = 0.0
     steps: int = 0
 
@@ -58,7 +57,7 @@ def train_seed(
     *,
     seed: int = 0,
     steps: int = 6000,
-    batch_tokens: int = 3072,
+    step_tokens: int = 3072,
     threads: int = 1,
     measure_every: int = 1000,
     report: Callable[[str], None] = print,
@@ -71,11 +70,11 @@ def train_seed(
     learn_tokenizer(folder, seed)
     chat = ChatML(folder)
     model = PolicyModel.from_config(seed_config(VOCAB_SIZE), seed)
-    report(f"seed model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {steps} steps of {batch_tokens} tokens")
+    report(f"seed model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {steps} steps of {step_tokens} tokens")
     began = time.monotonic()
     done = 0
     try:
-        for done in fit(model, chat, folder, seed=seed, steps=steps, batch_tokens=batch_tokens, report=report):
+        for done in fit(model, chat, folder, seed=seed, steps=steps, step_tokens=step_tokens, report=report):
             if measure_every and done % measure_every == 0 and done < steps:
                 model.save_pretrained(folder, folder)
                 for course in FINAL:
@@ -87,7 +86,7 @@ def train_seed(
     for result in results:
         report(f"  final: {result}")
     record = {
-        "seed": seed, "steps": done, "planned_steps": steps, "batch_tokens": batch_tokens, "threads": threads,
+        "seed": seed, "steps": done, "planned_steps": steps, "step_tokens": step_tokens, "threads": threads,
         "minutes": round((time.monotonic() - began) / 60, 1), "held_out": [asdict(r) for r in results],
     }  # fmt: skip
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -103,7 +102,7 @@ def learn_tokenizer(folder: Path, seed: int) -> None:
 
 
 def fit(
-    model: PolicyModel, chat: ChatML, folder: Path, *, seed: int, steps: int, batch_tokens: int, report: Callable[[str], None]
+    model: PolicyModel, chat: ChatML, folder: Path, *, seed: int, steps: int, step_tokens: int, report: Callable[[str], None]
 ) -> Iterator[int]:
     """Train, yielding the number of steps done after each one."""
     optimizers = make_optimizers(model)
@@ -113,7 +112,7 @@ def fit(
     step = 0
     for number, phase in enumerate(PHASES):
         located = Phase(until=phase.until, courses=tuple(_located(c, folder) for c in phase.courses))
-        stream = batches(located, chat, pad=pad, batch_tokens=batch_tokens, seed=10_007 * seed + number)
+        stream = steps_of(located, chat, pad=pad, step_tokens=step_tokens, seed=10_007 * seed + number)
         while step < int(phase.until * steps):
             for group, peak in peaks:
                 group["lr"] = peak * learning_rate(step, steps)
@@ -125,28 +124,40 @@ def fit(
             yield step
 
 
-def learn(model: PolicyModel, optimizers: list[torch.optim.Optimizer], batch: Batch, progress: Progress) -> None:
-    """One optimizer step on one batch."""
-    ids, mask = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.loss_mask)
-    hidden = model(ids)
-    nll = F.cross_entropy(model.logits(hidden[:, :-1][mask[:, 1:]]), ids[:, 1:][mask[:, 1:]], reduction="none")
-    ahead = mask[:, 2:]
-    drafts = model.mtp_hidden(hidden.detach(), ids)[:, :-1][ahead]
-    mtp_loss = F.cross_entropy(model.logits(drafts, frozen_head=True), ids[:, 2:][ahead])
-    loss = nll.sum() / max(nll.numel(), MIN_LOSS_TOKENS) + MTP_WEIGHT * mtp_loss
-    loss.backward()
+def learn(model: PolicyModel, optimizers: list[torch.optim.Optimizer], step_batches: list[Batch], progress: Progress) -> None:
+    """One optimizer step.
+
+    An environment with n target tokens in this step weighs sqrt(n): long documents with short answers are neither drowned by
+    the many tokens of the others, nor as loud as if their few tokens said as much.
+    """
+    counts: Counter[str] = Counter()
+    for batch in step_batches:
+        for env, row in zip(batch.envs, batch.loss_mask, strict=True):
+            counts[env] += int(row.sum())
+    total = sum(n**0.5 for n in counts.values())
+    weights = {env: n**-0.5 / total for env, n in counts.items()}
+    mtp_weight = MTP_WEIGHT / sum(counts.values())
+    for batch in step_batches:
+        ids, mask = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.loss_mask)
+        hidden = model(ids)
+        targets = mask[:, 1:]
+        nll = F.cross_entropy(model.logits(hidden[:, :-1][targets]), ids[:, 1:][targets], reduction="none")
+        row_weights = torch.tensor([weights[env] for env in batch.envs])
+        ahead = mask[:, 2:]
+        drafts = model.logits(model.mtp_hidden(hidden.detach(), ids)[:, :-1][ahead], frozen_head=True)
+        mtp_nll = F.cross_entropy(drafts, ids[:, 2:][ahead], reduction="sum")
+        rows = targets.nonzero()[:, 0]
+        (torch.dot(nll, row_weights[rows]) + mtp_weight * mtp_nll).backward()
+        for nll_sum, env in zip(torch.zeros(len(batch.envs)).index_add_(0, rows, nll.detach()).tolist(), batch.envs, strict=True):
+            progress.loss[env] = progress.loss.get(env, 0.0) + nll_sum
+        progress.mtp += float(mtp_nll.detach())
+        progress.tokens += batch.num_tokens
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    rows = mask[:, 1:].nonzero()[:, 0]
-    for env in set(batch.envs):
-        chosen = torch.tensor([e == env for e in batch.envs])[rows]
-        progress.loss[env] = progress.loss.get(env, 0.0) + float(nll.detach()[chosen].sum())
-        progress.count[env] = progress.count.get(env, 0) + int(chosen.sum())
-    progress.mtp += float(mtp_loss.detach())
+    progress.count.update(counts)
     progress.steps += 1
-    progress.tokens += batch.num_tokens
 
 
 def make_optimizers(model: PolicyModel) -> list[torch.optim.Optimizer]:
@@ -171,9 +182,9 @@ def describe(progress: Progress, step: int, steps: int) -> str:
     """One line for people: losses in nats per token."""
     seconds = time.monotonic() - progress.since
     losses = "  ".join(f"{env} {progress.loss[env] / max(1, progress.count[env]):.3f}" for env in sorted(progress.loss))
-    left = (steps - step) * seconds / max(1, progress.steps)
-    rate = progress.tokens / seconds
-    return f"step {step}/{steps}  {losses}  MTP {progress.mtp / max(1, progress.steps):.3f}  {rate:,.0f} tok/s  {left / 60:.1f} min left"
+    minutes_left = (steps - step) * seconds / max(1, progress.steps) / 60
+    draft = progress.mtp / max(1, progress.count.total())
+    return f"step {step}/{steps}  {losses}  MTP {draft:.3f}  {progress.tokens / seconds:,.0f} tok/s  {minutes_left:.1f} min left"
 
 
 def _located(course: Course, folder: Path) -> Course:

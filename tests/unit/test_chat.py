@@ -44,7 +44,7 @@ def plain_chat(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatML
     return ChatML(file)
 
 
-CALL = ToolCall(name="refund", arguments={"order": 4821, "note": "späť \"quoted\" {}"})
+CALL = ToolCall(name="refund", arguments={"order": 4821, "note": 'späť "quoted" {}'})
 TURNS = (
     Turn(content="46"),
     Turn(content="46", thought="2+4=6 1+3=4"),

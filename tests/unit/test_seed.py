@@ -19,7 +19,7 @@ from environments.math import MathEnv
 from environments.registry import resolve
 from learner.model import PolicyModel, seed_config
 from learner.seed import train as seed_train
-from learner.seed.curriculum import FINAL, PHASES, Phase, batches
+from learner.seed.curriculum import FINAL, PHASES, Phase, steps_of
 from learner.seed.demonstrations import Course, demonstrations, play, texts
 from learner.seed.measure import measure
 from learner.seed.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer
@@ -116,17 +116,18 @@ def test_the_share_of_working_demonstrations_is_the_one_asked_for(chat: ChatML) 
     assert 0.19 < share < 0.31
 
 
-def test_batches_keep_the_shares_of_tokens_and_are_the_same_each_time(chat: ChatML) -> None:
+def test_steps_keep_the_shares_of_tokens_and_are_the_same_each_time(chat: ChatML) -> None:
     phase = Phase(until=1.0, courses=(Course(env="math", share=3.0, working=0.5), Course(env="tools", share=1.0, working=0.5, max_turns=6)))
-    made = list(itertools.islice(batches(phase, chat, pad=0, batch_tokens=2048, seed=1), 48))
-    again = list(itertools.islice(batches(phase, chat, pad=0, batch_tokens=2048, seed=1), 48))
-    assert all(np.array_equal(a.token_ids, b.token_ids) for a, b in zip(made, again, strict=True))
-    assert max(b.num_tokens for b in made) <= 2048
+    made = list(itertools.islice(steps_of(phase, chat, pad=0, step_tokens=2048, seed=1), 12))
+    again = list(itertools.islice(steps_of(phase, chat, pad=0, step_tokens=2048, seed=1), 12))
+    assert all(np.array_equal(a.token_ids, b.token_ids) for x, y in zip(made, again, strict=True) for a, b in zip(x, y, strict=True))
     tokens = {"math": 0, "tools": 0}
-    for batch in made:
+    for batch in itertools.chain(*made):
+        assert (batch.token_ids != 0).mean() > 0.75
         for env, row in zip(batch.envs, batch.token_ids, strict=True):
             tokens[env] += int((row != 0).sum())
-    assert 2.5 < tokens["math"] / tokens["tools"] < 3.6
+    assert 2.7 < tokens["math"] / tokens["tools"] < 3.3
+    assert sum(tokens.values()) == pytest.approx(12 * 2048, rel=0.03)
 
 
 def test_every_phase_teaches_all_four_environments() -> None:
@@ -166,7 +167,7 @@ def test_a_short_training_run_learns_saves_and_repeats_itself(tmp_path: Path, mo
     monkeypatch.setattr(seed_train, "REPORT_EVERY_S", 0.0)
     lines: list[str] = []
     for name in ("first", "second"):
-        seed_train.train_seed(tmp_path / name, seed=5, steps=12, batch_tokens=512, measure_every=0, report=lines.append)
+        seed_train.train_seed(tmp_path / name, seed=5, steps=12, step_tokens=512, measure_every=0, report=lines.append)
     losses = [float(line.split("math ")[1].split()[0]) for line in lines if line.startswith("step")]
     assert losses[11] < losses[0] - 1.0
     assert losses[:12] == losses[12:]
