@@ -26,40 +26,40 @@ from typing import Any, ClassVar
 
 from environments.base import TaskDraft, TextEnv
 from environments.code_pipelines import KINDS, Pipeline, Step, draw_inputs, draw_pipeline
+from environments.knobs import check_choices, check_range, read_knobs, shows_working
 from rl_core.seams import Observation
 from rl_core.types import Message, Status, Task, Turn, Verdict
 
-DEFAULT_KINDS = ("ints", "steps", "lists", "strings", "stdin")
+KNOBS = {"kinds": list(KINDS), "num_steps": 3, "digits": 2, "cases": 8}
 MAX_PROGRAM_CHARS = 20_000
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 class CodeEnv(TextEnv):
-    """Options (defaults in brackets):
+    """Options, with their defaults in brackets; see also knobs.SHARED.
 
     kinds           which of ints, steps, lists, strings, stdin [all]
     num_steps       steps of a pipeline [3]; 2 is easier, 8 is hard
     digits          digits of a step's constant [2]
     cases           hidden inputs per task [8]
-    oracle_working  probability that the oracle writes the working style [0.5]
-    sandbox         auto, docker or bubblewrap [auto]
     """
 
     id: ClassVar[str] = "code"
     version: ClassVar[str] = "1"
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.knobs = checked_knobs(options)
+
     @classmethod
     def make_task(cls, rng: random.Random, options: Mapping[str, Any]) -> TaskDraft:
-        kinds = list(options.get("kinds", DEFAULT_KINDS))
-        unknown = [k for k in kinds if k not in KINDS]
-        if unknown or not kinds:
-            raise ValueError(f"code: options.kinds is {kinds}, wanted some of {', '.join(KINDS)}")
-        pipeline = draw_pipeline(rng, rng.choice(kinds), num_steps=int(options.get("num_steps", 3)), digits=int(options.get("digits", 2)))
+        knobs = checked_knobs(options)
+        pipeline = draw_pipeline(rng, rng.choice(knobs["kinds"]), num_steps=knobs["num_steps"], digits=knobs["digits"])
         public = {
             "kind": pipeline.kind,
             "steps": [list(s) for s in pipeline.steps],
             "order": list(pipeline.order),
-            "cases": int(options.get("cases", 8)),
+            "cases": knobs["cases"],
         }
         # The inputs come from the content and not from `rng`, so that one prompt has one key and cannot sit in both splits.
         content = hashlib.sha256(json.dumps(["code inputs", public], sort_keys=True).encode()).digest()
@@ -84,7 +84,7 @@ class CodeEnv(TextEnv):
     def oracle(self, observation: Observation, rng: random.Random) -> Turn:
         assert self.task is not None
         pipeline = pipeline_of(self.task)
-        if rng.random() < float(self.options.get("oracle_working", 0.5)):
+        if shows_working(self.knobs, rng):
             return Turn(thought=pipeline.plan(), content=pipeline.stepwise())
         return Turn(content=pipeline.folded())
 
@@ -96,7 +96,7 @@ class CodeEnv(TextEnv):
         assert self.task is not None
         pipeline = pipeline_of(self.task)
         inputs, expected = self.task.private["inputs"], self.task.private["expected"]
-        sandbox = choose_sandbox(str(self.options.get("sandbox", "auto")))
+        sandbox = choose_sandbox(self.knobs["sandbox"])
         result = sandbox.run(SandboxJob(program=program, mode=pipeline.mode, inputs=tuple(inputs)))
         evidence = {"program": program[:2000], "sandbox": result.kind, "stderr": result.stderr_tail[-500:]}
         if result.kind == "infra_error":
@@ -125,6 +125,16 @@ class CodeEnv(TextEnv):
             evidence={**(evidence or {}), "failure": reason[:500]},
             verifier_version=self.version,
         )
+
+
+def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs that `options` set, in range. Raises ValueError."""
+    knobs = read_knobs(CodeEnv.id, KNOBS, options)
+    check_choices(CodeEnv.id, "kinds", knobs["kinds"], KINDS)
+    check_range(CodeEnv.id, "num_steps", knobs["num_steps"], 2, 20)
+    check_range(CodeEnv.id, "digits", knobs["digits"], 1, 4)
+    check_range(CodeEnv.id, "cases", knobs["cases"], 4, 64)
+    return knobs
 
 
 def pipeline_of(task: Task) -> Pipeline:
