@@ -132,7 +132,7 @@ async def ask(call: Awaitable[T]) -> T:
     """The session's answer; whatever it raises is a failure of ours, and data."""
     try:
         return await call
-    except Exception as error:  # noqa: BLE001: an environment may raise anything; nothing is swallowed, it becomes the verdict's evidence
+    except Exception as error:
         raise SessionFailed(f"{type(error).__name__}: {error}") from error
 
 
@@ -141,7 +141,7 @@ async def close(session: EnvSession) -> None:
     try:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await session.close()
-    except Exception:  # noqa: BLE001: see above
+    except Exception:
         log.warning("closing a session failed", exc_info=True)
 
 

@@ -20,7 +20,7 @@ from rl_core.chat import chat_format
 from rl_core.config import RolloutConfig
 from rl_core.seams import GroupResult, Observation, Transition
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, Status, Task, Turn
-from rollout_workers.engine import Engine
+from rollout_workers.engine import Engine, EngineError
 from rollout_workers.episode import prompt_tokens, run_episode
 
 EPISODES_PER_SEQUENCE = 1.5
@@ -58,11 +58,14 @@ class RolloutWorker:
         """G episodes of `task`. The result's `ref` is filled in by the pool, which owns the group's object reference."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        async with asyncio.TaskGroup() as episodes:
-            running = [
-                episodes.create_task(self._attempt(f"{group_id}-{index}", task, seeded(spec, index), env_id, options))
-                for index in range(spec.group_size)
-            ]
+        try:
+            async with asyncio.TaskGroup() as episodes:
+                running = [
+                    episodes.create_task(self._attempt(f"{group_id}-{index}", task, seeded(spec, index), env_id, options))
+                    for index in range(spec.group_size)
+                ]
+        except* EngineError as several:
+            raise several.exceptions[0] from None  # one cause, of a class that the pool knows
         group = Group(id=group_id, task=task, rollouts=tuple(r.result() for r in running))
         return group, summarize(group, loop.time() - began)
 

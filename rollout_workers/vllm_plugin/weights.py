@@ -48,8 +48,9 @@ class SharedMemoryWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
             super().update_weights(update_info)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
+        # A safe_open handle is no dict: it has keys(), but is not iterable.
         with safe_open(update_info.path, "pt") as file:
-            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118: not a dict
+            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
 
     def shutdown(self) -> None:
         pass
