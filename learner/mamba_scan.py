@@ -1,13 +1,22 @@
-"""Mamba-2 for training without GPU kernels: a chunked scan made of matrix products.
+"""Mamba-2 for training without GPU kernels: a chunked scan made of matrix products, and its convolution.
 
 The recurrence of one head, with state S [N, P] (N = state size, P = head size):
 
-    S_t = exp(dt_t A) S_(t-1) + B_t (dt_t x_t)^T          y_t = C_t S_t + D x_t
+    S_t = exp(dt_t A) S_(t-1) + B_t u_t^T          y_t = C_t S_t          u_t = dt_t x_t
 
-Within a chunk of Q positions this is a masked attention, and between chunks only S travels ("Transformers are SSMs",
-Dao & Gu 2024, arXiv:2405.21060, section 6). B and C are shared by the heads of a group, so every product over N is
-taken once per group with all its heads side by side; only the [Q, Q] decay mask is per head. Nothing of size
-[L, H, P, N] is ever made, which is what makes a 32k-token sequence fit and Transformers' own CPU path slow.
+Written over pairs of positions, with T the running sum of dt A, it is a decayed, masked attention:
+
+    y_t = sum over s <= t of (C_t . B_s) exp(T_t - T_s) u_s
+
+Within a chunk of Q positions it is computed so, and between chunks only S travels ("Transformers are SSMs", Dao & Gu 2024,
+arXiv:2405.21060, section 6). B and C are shared by the heads of a group, so every product over N is taken once per group
+with all its heads side by side; only the [Q, Q] decay is per head. Nothing of size [L, H, P, N] is ever made, which is what
+makes a 32k-token sequence fit and Transformers' own CPU path slow.
+
+The backward pass is written out, since it is the same computation run from the end. The decay needs no backward pass through
+the exponentials: by the pair form, d loss / d T_t = gy_t . y_t - u_t . gu_t.
+
+On a CPU this is bound by memory, not arithmetic. So both functions here work through blocks that stay in the cache.
 
 The time step is not clamped from below, as in vLLM and in the published checkpoints' `time_step_limit` of (0, inf).
 Transformers clamps it to `time_step_min` in its chunked path and not in its step-by-step path; the learner must agree
@@ -16,15 +25,21 @@ with the engine that sampled.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 CHUNK = 32
-"""Positions per chunk, Q. The result does not depend on it; the decay mask costs L*H*Q and the states L*H*P*N/Q."""
+"""Positions per chunk, Q. The result does not depend on it; the decay costs L*H*Q and the states L*H*P*N/Q."""
+BLOCK_FLOATS = 65_536
+"""Size of the largest array that a block makes on a CPU: a quarter of a MiB, so that a few of them fit the second-level cache."""
+NEGLIGIBLE = -50.0
+"""A log decay below this counts as zero (2e-22): products with denormal numbers are a hundred times slower than others."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -33,78 +48,163 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def chunked_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """Run the recurrence above over whole sequences, from a zero state.
+    """Run the recurrence above over whole sequences, from a zero state, and add the skip d x.
 
     x [B, L, H, P] inputs; dt [B, L, H] positive time steps; a [H] negative decay rates; b, c [B, L, G, N] with G
     dividing H; d [H] skip weights. Returns y [B, L, H, P]. L needs not be a multiple of `chunk`.
     """
     batch, length, heads, width = x.shape
     groups, states = b.shape[2:]
-    per_group = heads // groups
     chunk = min(chunk, length)
     pad = -length % chunk
-    u = x * dt.unsqueeze(-1)
-    decay = dt * a
-    if pad:  # dt = 0 in the padding: it neither decays the state nor adds to it
+    u, decay = x * dt.unsqueeze(-1), dt * a
+    if pad:  # no decay and no input in the padding: it leaves the state alone
         u, b, c = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (u, b, c))
         decay = F.pad(decay, (0, 0, 0, pad))
-    chunks = (length + pad) // chunk
-
-    # g: group, h: head of the group, q: position in the chunk
-    u = u.view(batch, chunks, chunk, groups, per_group, width)
-    b = b.view(batch, chunks, chunk, groups, states).transpose(2, 3)  # [B, chunks, g, q, N]
-    c = c.view(batch, chunks, chunk, groups, states).transpose(2, 3)
-    total = decay.view(batch, chunks, chunk, groups, per_group).permute(0, 1, 3, 4, 2).cumsum(-1)  # [B, chunks, g, h, q]
-
-    # Within the chunk: y_l += sum over s <= l of (C_l . B_s) exp(total_l - total_s) u_s.
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    mask = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill_(later, -torch.inf).exp_()  # [B, chunks, g, h, l, s]
-    scores = c @ b.transpose(-1, -2)  # [B, chunks, g, l, s]
-    heads_first = u.permute(0, 1, 3, 4, 2, 5)  # [B, chunks, g, h, q, P]
-    y = ((mask * scores.unsqueeze(3)) @ heads_first).permute(0, 1, 4, 2, 3, 5)  # [B, chunks, q, g, h, P]
-
-    if chunks > 1:
-        # What each chunk adds to the state by its end, all heads of a group side by side: [B, chunks, g, N, h * P].
-        to_end = (total[..., -1:] - total).exp().permute(0, 1, 4, 2, 3).unsqueeze(-1)
-        weighted = (u * to_end).transpose(2, 3).reshape(batch, chunks, groups, chunk, per_group * width)
-        added = b.transpose(-1, -2) @ weighted
-        before = _states_before(added, total[..., -1], width)
-        carried = (c @ before).view(batch, chunks, groups, chunk, per_group, width).transpose(2, 3)
-        y = y + carried * total.exp().permute(0, 1, 4, 2, 3).unsqueeze(-1)
-
-    y = y.reshape(batch, length + pad, heads, width)[:, :length]
-    return y + x * d.unsqueeze(-1)
+    chunked = (batch, (length + pad) // chunk, chunk, groups)
+    y: Tensor = _Scan.apply(  # type: ignore[no-untyped-call]
+        u.reshape(*chunked, heads // groups, width),
+        decay.reshape(*chunked, heads // groups),
+        b.reshape(*chunked, states),
+        c.reshape(*chunked, states),
+    )
+    return torch.addcmul(y.view(batch, length + pad, heads, width)[:, :length], x, d.unsqueeze(-1))
 
 
-def _states_before(added: Tensor, decay: Tensor, width: int) -> Tensor:
-    """The state at the start of every chunk.
+class _Scan(torch.autograd.Function):
+    """The recurrence over chunked arrays. B: batch, c: chunk, q: position in the chunk, g: group, h: head of the group.
 
-    added [B, chunks, g, N, h * P]: what each chunk adds; decay [B, chunks, g, h]: log decay over each whole chunk.
-    The recurrence over chunks is itself written as one masked product, since there are few of them.
+    u [B, c, q, g, h, P], decay [B, c, q, g, h], b and c [B, c, q, g, N]; returns y like u.
     """
-    batch, chunks, groups, states, _ = added.shape
-    per_group = decay.shape[-1]
-    total = decay.permute(0, 2, 3, 1).cumsum(-1)  # [B, g, h, chunks]
-    before = torch.cat([torch.zeros_like(total[..., :1]), total[..., :-1]], dim=-1)
-    not_earlier = torch.ones(chunks, chunks, dtype=torch.bool, device=added.device).triu()
-    mask = (before.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill_(not_earlier, -torch.inf).exp_()  # [B, g, h, to, from]
-    flat = added.view(batch, chunks, groups, states, per_group, width).permute(0, 2, 4, 1, 3, 5)
-    flat = mask @ flat.reshape(batch, groups, per_group, chunks, states * width)
-    flat = flat.view(batch, groups, per_group, chunks, states, width).permute(0, 3, 1, 4, 2, 5)
-    return flat.reshape(batch, chunks, groups, states, per_group * width)
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+        total = decay.cumsum(2)  # within the chunk
+        states = _travel(_contract(b, u, _negligible_is_zero(total[:, :, -1:] - total)), _negligible_is_zero(total[:, :, -1]))
+        y = _expand(c, states, _negligible_is_zero(total), like=u)
+        for at, mask, scores in _blocks(total, b, c):
+            inputs = u.flatten(0, 1)[at].permute(0, 2, 3, 1, 4)  # [n, g, h, q, P]
+            y.flatten(0, 1)[at] += (mask.mul_(scores.unsqueeze(2)) @ inputs).permute(0, 3, 1, 2, 4)
+        ctx.save_for_backward(u, total, b, c, states, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+        u, total, b, c, states, y = ctx.saved_tensors
+        gy = gy.contiguous()
+        from_start = _negligible_is_zero(total)
+        to_end = _negligible_is_zero(total[:, :, -1:] - total)
+        # The gradient of each chunk's last state travels backwards as the states travel forwards.
+        gstates = _travel(_contract(c, gy, from_start).flip(1), _negligible_is_zero(total[:, :, -1]).flip(1)).flip(1)
+        gu = _expand(b, gstates, to_end, like=u)
+        gb = _match(u, to_end, gstates)
+        gc = _match(gy, from_start, states)
+        for at, mask, scores in _blocks(total, b, c):
+            inputs = u.flatten(0, 1)[at].permute(0, 2, 3, 1, 4)  # [n, g, h, q, P]
+            grads = gy.flatten(0, 1)[at].permute(0, 2, 3, 1, 4).contiguous()
+            gscores = (grads @ inputs.transpose(-1, -2)).mul_(mask).sum(2)  # [n, g, q, q]
+            gu.flatten(0, 1)[at] += (mask.mul_(scores.unsqueeze(2)).transpose(-1, -2) @ grads).permute(0, 3, 1, 2, 4)
+            gc.flatten(0, 1)[at] += (gscores @ b.flatten(0, 1)[at].transpose(1, 2)).transpose(1, 2)
+            gb.flatten(0, 1)[at] += (gscores.transpose(-1, -2) @ c.flatten(0, 1)[at].transpose(1, 2)).transpose(1, 2)
+        gtotal = (torch.linalg.vecdot(gy, y) - torch.linalg.vecdot(u, gu)).flatten(1, 2)  # over the whole sequence
+        gdecay = gtotal.flip(1).cumsum(1).flip(1).view_as(total)
+        return gu, gdecay, gb, gc
+
+
+def _negligible_is_zero(log: Tensor) -> Tensor:
+    """exp, with what is negligible exactly zero."""
+    return F.threshold(log, NEGLIGIBLE, -torch.inf).exp_()
+
+
+def _blocks(total: Tensor, b: Tensor, c: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(which chunks n of all B * c, decay from s to t [n, g, h, t, s] (ours to overwrite), C_t . B_s [n, g, t, s])."""
+    total, b, c = total.flatten(0, 1).permute(0, 2, 3, 1).contiguous(), b.flatten(0, 1), c.flatten(0, 1)
+    chunks, groups, heads, chunk = total.shape
+    later = torch.full((chunk, chunk), -torch.inf, dtype=total.dtype, device=total.device).triu(1)
+    size = chunks if total.is_cuda else max(1, BLOCK_FLOATS // (groups * heads * chunk * chunk))
+    for start in range(0, chunks, size):
+        at = slice(start, min(start + size, chunks))
+        mask = (total[at].unsqueeze(-1) - total[at].unsqueeze(-2)).add_(later)
+        scores = c[at].transpose(1, 2) @ b[at].permute(0, 2, 3, 1)
+        yield at, F.threshold_(mask, NEGLIGIBLE, -torch.inf).exp_(), scores
+
+
+def _contract(keys: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """What each chunk adds to the state: keys [B, c, q, g, N], values [.., q, g, h, P], scale [.., q, g, h] -> [B, c, g, N, h * P]."""
+    scaled = (values * scale.unsqueeze(-1)).flatten(-2)
+    return keys.permute(0, 1, 3, 4, 2) @ scaled.transpose(2, 3)
+
+
+def _expand(keys: Tensor, states: Tensor, scale: Tensor, *, like: Tensor) -> Tensor:
+    """What each position reads from its chunk's state [B, c, g, N, h * P]: an array like `like` [B, c, q, g, h, P], contiguous."""
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    read = (keys.transpose(2, 3) @ states).transpose(2, 3).unflatten(-1, like.shape[-2:])
+    return torch.mul(read, scale.unsqueeze(-1), out=out)
+
+
+def _match(values: Tensor, scale: Tensor, states: Tensor) -> Tensor:
+    """Gradient of the keys in `_expand` or `_contract`: [B, c, q, g, N]."""
+    scaled = (values * scale.unsqueeze(-1)).flatten(-2)
+    return (scaled.transpose(2, 3) @ states.transpose(-1, -2)).transpose(2, 3).contiguous()
+
+
+def _travel(added: Tensor, decay: Tensor) -> Tensor:
+    """The state at the start of every chunk: added [B, c, g, N, h * P], decay over each chunk [B, c, g, h] -> like added."""
+    out = torch.zeros_like(added)
+    per_head = added.unflatten(-1, (decay.shape[-1], -1))
+    state = out.unflatten(-1, (decay.shape[-1], -1))  # [B, c, g, N, h, P], a view of out
+    for i in range(1, added.shape[1]):
+        torch.addcmul(per_head[:, i - 1], state[:, i - 1], decay[:, i - 1].unsqueeze(2).unsqueeze(-1), out=state[:, i])
+    return out
+
+
+class _ConvSilu(torch.autograd.Function):
+    """silu of a depthwise causal convolution, as K shifted products over blocks of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        before = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # before silu
+        out = torch.empty_like(before)
+        for at in _row_blocks(x):
+            part = torch.addcmul(bias, x[at], taps[-1], out=before[at])
+            for back in range(1, min(len(taps), x.shape[1])):
+                part[:, back:].addcmul_(x[at][:, :-back], taps[-1 - back])
+            torch.ops.aten.silu.out(part, out=out[at])
+        ctx.save_for_backward(x, taps, before)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        x, taps, before = ctx.saved_tensors
+        gx = torch.empty_like(before)
+        gtaps, gbias = torch.zeros_like(taps), torch.zeros_like(taps[0])
+        for at in _row_blocks(x):
+            g = torch.ops.aten.silu_backward(grad[at], before[at])
+            part = torch.mul(g, taps[-1], out=gx[at])
+            gbias += g.sum((0, 1))
+            gtaps[-1] += (g * x[at]).sum((0, 1))
+            for back in range(1, min(len(taps), x.shape[1])):
+                part[:, :-back].addcmul_(g[:, back:], taps[-1 - back])
+                gtaps[-1 - back] += (g[:, back:] * x[at][:, :-back]).sum((0, 1))
+        return gx, gtaps, gbias
+
+
+def _row_blocks(x: Tensor) -> Iterator[slice]:
+    size = len(x) if x.is_cuda else max(1, BLOCK_FLOATS // (x.shape[1] * x.shape[2]))
+    return (slice(start, start + size) for start in range(0, len(x), size))
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise causal convolution and SiLU. x [B, L, C], weight [C, 1, K], bias [C]; returns [B, L, C].
 
-    A sum of K shifted products: the channels stay last, where the projections before and after want them.
+    The channels stay last, where the projections before and after want them.
     """
-    kernel, length = weight.shape[-1], x.shape[1]
-    taps = weight.squeeze(1).unbind(-1)
-    out = x * taps[-1] if bias is None else torch.addcmul(bias, x, taps[-1])
-    for back in range(1, min(kernel, length)):
-        out = out + F.pad(x[:, : length - back] * taps[-1 - back], (0, 0, back, 0))
-    return F.silu(out)
+    taps = weight.squeeze(1).t().contiguous()  # [K, C]
+    bias = torch.zeros_like(taps[0]) if bias is None else bias
+    out: Tensor = _ConvSilu.apply(x, taps, bias)  # type: ignore[no-untyped-call]
+    return out
 
 
 def gated_rms_norm(norm: nn.Module, x: Tensor, gate: Tensor) -> Tensor:
