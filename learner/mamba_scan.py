@@ -39,7 +39,7 @@ CHUNK = 32
 BLOCK_FLOATS = 65_536
 """Size of the largest array that a block makes on a CPU: a quarter of a MiB, so that a few of them fit the second-level cache."""
 NEGLIGIBLE = -50.0
-"""A log decay below this counts as zero (2e-22): products with denormal numbers are a hundred times slower than others."""
+"""Log decays stop here (2e-22, lost in any sum): denormal numbers and exponentials of -inf are ten times slower than others."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -80,8 +80,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
         total = decay.cumsum(2)  # within the chunk
-        states = _travel(_contract(b, u, _negligible_is_zero(total[:, :, -1:] - total)), _negligible_is_zero(total[:, :, -1]))
-        y = _expand(c, states, _negligible_is_zero(total), like=u)
+        states = _travel(_contract(b, u, _decay(total[:, :, -1:] - total)), _decay(total[:, :, -1]))
+        y = _expand(c, states, _decay(total), like=u)
         for at, mask, scores in _blocks(total, b, c):
             inputs = u.flatten(0, 1)[at].permute(0, 2, 3, 1, 4)  # [n, g, h, q, P]
             y.flatten(0, 1)[at] += (mask.mul_(scores.unsqueeze(2)) @ inputs).permute(0, 3, 1, 2, 4)
@@ -93,10 +93,10 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
         u, total, b, c, states, y = ctx.saved_tensors
         gy = gy.contiguous()
-        from_start = _negligible_is_zero(total)
-        to_end = _negligible_is_zero(total[:, :, -1:] - total)
+        from_start = _decay(total)
+        to_end = _decay(total[:, :, -1:] - total)
         # The gradient of each chunk's last state travels backwards as the states travel forwards.
-        gstates = _travel(_contract(c, gy, from_start).flip(1), _negligible_is_zero(total[:, :, -1]).flip(1)).flip(1)
+        gstates = _travel(_contract(c, gy, from_start).flip(1), _decay(total[:, :, -1]).flip(1)).flip(1)
         gu = _expand(b, gstates, to_end, like=u)
         gb = _match(u, to_end, gstates)
         gc = _match(gy, from_start, states)
@@ -112,22 +112,21 @@ class _Scan(torch.autograd.Function):
         return gu, gdecay, gb, gc
 
 
-def _negligible_is_zero(log: Tensor) -> Tensor:
-    """exp, with what is negligible exactly zero."""
-    return F.threshold(log, NEGLIGIBLE, -torch.inf).exp_()
+def _decay(log: Tensor) -> Tensor:
+    return log.clamp(min=NEGLIGIBLE).exp_()
 
 
 def _blocks(total: Tensor, b: Tensor, c: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(which chunks n of all B * c, decay from s to t [n, g, h, t, s] (ours to overwrite), C_t . B_s [n, g, t, s])."""
     total, b, c = total.flatten(0, 1).permute(0, 2, 3, 1).contiguous(), b.flatten(0, 1), c.flatten(0, 1)
     chunks, groups, heads, chunk = total.shape
-    later = torch.full((chunk, chunk), -torch.inf, dtype=total.dtype, device=total.device).triu(1)
+    not_later = torch.ones(chunk, chunk, dtype=total.dtype, device=total.device).tril()
     size = chunks if total.is_cuda else max(1, BLOCK_FLOATS // (groups * heads * chunk * chunk))
     for start in range(0, chunks, size):
         at = slice(start, min(start + size, chunks))
-        mask = (total[at].unsqueeze(-1) - total[at].unsqueeze(-2)).add_(later)
+        mask = (total[at].unsqueeze(-1) - total[at].unsqueeze(-2)).clamp_(NEGLIGIBLE, 0.0).exp_().mul_(not_later)
         scores = c[at].transpose(1, 2) @ b[at].permute(0, 2, 3, 1)
-        yield at, F.threshold_(mask, NEGLIGIBLE, -torch.inf).exp_(), scores
+        yield at, mask, scores
 
 
 def _contract(keys: Tensor, values: Tensor, scale: Tensor) -> Tensor:
