@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,16 +22,26 @@ LEARN, SETTLE = 0.8, 0.4
 """Share of working demonstrations: first to learn how, at the end to settle how often."""
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "math": {"digits": 3, "kinds": ["add", "sub", "chain"], "terms": 5},
+    "code": {"kinds": ["ints", "stdin", "lists"], "num_steps": 3, "digits": 2},
+    "tools": {"kinds": ["stock", "points", "move", "refund"], "distractors": 0, "failure_rate": 0.0},
+    "long_context": {"kinds": ["needle", "overwritten", "join"], "records": 16, "min_tokens": 1024, "max_tokens": 4096},
+}
+"""As in configs/quickstart.yaml, which a test compares: the seed policy is for the tasks of that run."""
+
+
 def _short(working: float) -> tuple[Course, ...]:
     return (
-        Course(env="math", share=0.30, working=working),
-        Course(env="code", share=0.20, working=working),
-        Course(env="tools", share=0.25, working=working, max_turns=6),
+        Course(env="math", share=0.30, working=working, options=OPTIONS["math"]),
+        Course(env="code", share=0.20, working=working, options=OPTIONS["code"]),
+        Course(env="tools", share=0.25, working=working, options=OPTIONS["tools"], max_turns=6),
     )
 
 
 def _documents(share: float, low: int, high: int, *, questions: int = 1, working: float = LEARN) -> Course:
-    return Course(env="long_context", share=share, working=working, options={"min_tokens": low, "max_tokens": high, "questions": questions})
+    options = {**OPTIONS["long_context"], "min_tokens": low, "max_tokens": high, "questions": questions}
+    return Course(env="long_context", share=share, working=working, options=options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
@@ -19,7 +20,7 @@ from environments.math import MathEnv
 from environments.registry import resolve
 from learner.model import PolicyModel, seed_config
 from learner.seed import train as seed_train
-from learner.seed.curriculum import FINAL, PHASES, Phase, steps_of
+from learner.seed.curriculum import FINAL, OPTIONS, PHASES, Phase, steps_of
 from learner.seed.demonstrations import Course, demonstrations, play, texts
 from learner.seed.measure import measure
 from learner.seed.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer
@@ -135,6 +136,12 @@ def test_every_phase_teaches_all_four_environments() -> None:
         assert {c.env for c in phase.courses} == {"math", "code", "tools", "long_context"}
     assert PHASES[-1].until == 1.0
     assert {c.env for c in FINAL} == {"math", "code", "tools", "long_context"}
+
+
+def test_the_seed_is_taught_the_tasks_of_the_quickstart() -> None:
+    quickstart = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "configs" / "quickstart.yaml"))
+    assert isinstance(quickstart, dict)
+    assert {name: env["options"] for name, env in quickstart["environments"].items()} == OPTIONS
 
 
 def test_the_measured_probabilities_are_those_of_the_whole_answers(chat: ChatML) -> None:
