@@ -34,17 +34,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from learner.norm import at_least_float32, rms_norm
+
 CHUNK = 32
 """Positions per chunk, Q. The result does not depend on it; the decay costs L*H*Q and the states L*H*P*N/Q."""
 BLOCK_FLOATS = 65_536
 """Size of the largest array that a block makes on a CPU: a quarter of a MiB, so that a few of them fit the second-level cache."""
 NEGLIGIBLE = -50.0
 """Log decays stop here (2e-22, lost in any sum): denormal numbers and exponentials of -inf are ten times slower than others."""
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision is raised to float32; float32 and float64 stay, so that tests can be exact."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def chunked_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *, chunk: int = CHUNK) -> Tensor:
@@ -208,10 +205,8 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def gated_rms_norm(norm: nn.Module, x: Tensor, gate: Tensor) -> Tensor:
     """RMSNorm of x * silu(gate) within groups of `norm.group_size` channels. x, gate [B, L, C]."""
-    x = x * F.silu(at_least_float32(gate))
-    group = int(norm.group_size)  # type: ignore[arg-type]
-    grouped = F.rms_norm(x.unflatten(-1, (-1, group)), (group,), eps=float(norm.variance_epsilon))  # type: ignore[arg-type]
-    return grouped.flatten(-2) * norm.weight
+    x = (x * F.silu(at_least_float32(gate))).unflatten(-1, (-1, int(norm.group_size)))  # type: ignore[arg-type]
+    return rms_norm(x, at_least_float32(norm.weight).view(x.shape[-2:]), float(norm.variance_epsilon)).flatten(-2)  # type: ignore[arg-type]
 
 
 def _conv_forward(self: nn.Conv1d, x: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from learner import mamba_scan, moe
-from learner.mamba_scan import at_least_float32
+from learner import mamba_scan, moe, norm
 from learner.mtp import MTPHead
+from learner.norm import at_least_float32
+from learner.token_logprobs import head_logprobs
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
@@ -106,34 +107,21 @@ class PolicyModel(nn.Module):
         targets: Tensor,
         temperature: float | Tensor = 1.0,
         *,
-        chunk: int = 4096,
+        chunk: int | None = None,
         frozen_head: bool = False,
-        entropy_grad: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Logprobs of `targets` and the entropy of the whole distribution, in nats, float32, in the shape of `targets`.
 
-        hidden [..., D]; targets [...]; temperature: a number, or one per target. Positions go through the LM head `chunk`
-        at a time and are recomputed in the backward pass, so that [positions, V] is never held as a whole. The entropy
-        carries a gradient only if asked for.
+        hidden [..., D]; targets [...]; temperature: a number, or one per target (broadcast to them). Positions go through
+        the LM head `chunk` at a time (a good number by default). The entropy carries no gradient.
         """
+        scale = None
+        if isinstance(temperature, Tensor):
+            scale = temperature.to(hidden.device).expand(targets.shape).reshape(-1)
+        elif temperature != 1.0:
+            scale = torch.full((targets.numel(),), float(temperature), device=hidden.device)
         flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-        scale = temperature.reshape(-1, 1) if isinstance(temperature, Tensor) else torch.full((ids.numel(), 1), temperature)
-        scale = scale.to(device=flat.device, dtype=torch.float32)
-
-        def part(hidden: Tensor, ids: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-            logprobs = (self.logits(hidden, frozen_head=frozen_head) / scale).log_softmax(-1)
-            with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-                entropy = -(logprobs.exp() * logprobs).sum(-1)
-            return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy
-
-        if ids.numel() <= chunk:
-            logprobs, entropy = part(flat, ids, scale)
-        else:
-            pieces = [
-                checkpoint(part, *piece, use_reentrant=False)
-                for piece in zip(flat.split(chunk), ids.split(chunk), scale.split(chunk), strict=True)
-            ]
-            logprobs, entropy = (torch.cat(column) for column in zip(*pieces, strict=True))
+        logprobs, entropy = self.lm.get_output_embeddings()(flat, frozen=frozen_head, targets=ids, temperature=scale, rows=chunk)
         return logprobs.view(targets.shape), entropy.view(targets.shape)
 
     def mtp_hidden(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
@@ -214,12 +202,26 @@ def seed_config(vocab_size: int) -> NemotronHConfig:
     )
 
 
-def _head_forward(self: nn.Linear, hidden: Tensor, frozen: bool = False) -> Tensor:
-    return F.linear(hidden, self.weight.detach() if frozen else self.weight, self.bias)
+def _head_forward(
+    self: nn.Linear,
+    hidden: Tensor,
+    frozen: bool = False,
+    targets: Tensor | None = None,
+    temperature: Tensor | None = None,
+    rows: int | None = None,
+) -> Any:
+    """Logits, or with `targets` their logprobs and entropies. The weight is read here, inside its owner, for the sake of hooks."""
+    weight = self.weight.detach() if frozen else self.weight
+    bias = self.bias.detach() if frozen and self.bias is not None else self.bias
+    if targets is None:
+        return F.linear(hidden, weight, bias)
+    return head_logprobs(hidden, weight, bias, targets, temperature, rows=rows)
 
 
 def _install_fast_paths(lm: Any) -> None:
+    norm.install(lm.model.norm_f)
     for block in lm.model.layers:
+        norm.install(block.norm)
         if block.block_type == "linear_attention":
             mamba_scan.install(block.mixer)
         elif block.block_type == "moe":

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learner.mamba_scan import at_least_float32
+from learner.norm import at_least_float32
 
 
 def route(scores: Tensor, bias: Tensor, top_k: int, *, normalise: bool, scale: float) -> tuple[Tensor, Tensor]:

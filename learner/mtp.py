@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttention, NemotronHMoE, NemotronHRMSNorm
 
-from learner import moe
+from learner import moe, norm
 
 
 class MTPLayer(nn.Module):
@@ -42,6 +42,9 @@ class MTPLayer(nn.Module):
             raise ValueError(f"mtp_layers_block_type is {kinds}: block {index} is {kinds[index]!r}, vLLM knows full_attention and moe")
         if index == len(kinds) - 1:
             self.final_layernorm = NemotronHRMSNorm(size, eps=eps)
+        for child in self.children():
+            if isinstance(child, NemotronHRMSNorm):
+                norm.install(child)
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         if hasattr(self, "eh_proj"):

@@ -1,4 +1,4 @@
-"""The chunked scan and the sorted experts against their definitions, in float64."""
+"""The scan, convolution, experts, norm and logprobs, each with its own backward pass, against their definitions in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from learner.mamba_scan import causal_conv_silu, chunked_scan
 from learner.moe import SortedExperts, route
+from learner.norm import rms_norm
+from learner.token_logprobs import head_logprobs
 
 torch.set_num_threads(1)
 
@@ -90,3 +92,34 @@ def test_the_balancing_bias_changes_who_is_chosen_but_not_what_they_weigh() -> N
     by_expert = dict(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))
     assert by_expert[0] == pytest.approx(2 * 0.9 / 1.2)
     assert by_expert[2] == pytest.approx(2 * 0.3 / 1.2)
+
+
+@pytest.mark.parametrize("groups", [(), (3,)])
+def test_rms_norm_is_its_definition_and_passes_a_numerical_gradient_check(groups: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, 8, generator=g, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, *groups), groups))
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (x, weight))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("rows", [3, 100])
+def test_head_logprobs_pass_a_numerical_gradient_check_kept_or_recomputed(monkeypatch: pytest.MonkeyPatch, rows: int, keep: bool) -> None:
+    monkeypatch.setattr("learner.token_logprobs.KEEP_FLOATS", 2**24 if keep else 0)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in ((7, 4), (9, 4), (9,)))
+    targets = torch.randint(0, 9, (7,), generator=g)
+    temperature = torch.rand(7, generator=g, dtype=torch.float64) + 0.5
+    assert torch.autograd.gradcheck(lambda h, w, b: head_logprobs(h, w, b, targets, temperature, rows=rows)[0], (hidden, weight, bias))
+    logprobs, entropy = head_logprobs(hidden, weight, bias, targets, temperature, rows=rows)
+    full = ((hidden @ weight.T + bias) / temperature.unsqueeze(-1)).log_softmax(-1)
+    torch.testing.assert_close(logprobs, full.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+    torch.testing.assert_close(entropy, -(full.exp() * full).sum(-1))
+    assert not entropy.requires_grad
+
+
+def test_logprobs_of_extreme_logits_stay_finite() -> None:
+    hidden, weight = torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0], [0.999]])
+    logprobs, entropy = head_logprobs(hidden, weight, None, torch.tensor([0]), None)
+    assert logprobs.item() == pytest.approx(-torch.tensor(-1.0).exp().log1p().item(), abs=1e-4)
+    assert torch.isfinite(entropy).all()
