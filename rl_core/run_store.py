@@ -92,6 +92,7 @@ class RunStore:
         self._lock = threading.Lock()
         self._rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
+        self._first_segment = len(list((run_dir / "rollouts").glob("part-*.parquet")))
         self._writer = threading.Thread(target=self._write_segments, name="run-store", daemon=True)
         self._writer.start()
 
@@ -125,7 +126,7 @@ class RunStore:
         """The background thread: rows come in, whole files come out."""
         rows: list[dict[str, Any]] = []
         due = 0.0
-        number = len(list((self.run_dir / "rollouts").glob("part-*.parquet")))
+        number = self._first_segment
         open_ = True
         while open_:
             try:
