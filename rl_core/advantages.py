@@ -12,29 +12,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rl_core.types import Floats, Group
+
+Rewards = NDArray[np.float64]
 
 EPSILON = 1e-6
 """Keeps the division defined when all rewards are equal; such groups have advantage 0 everywhere."""
 
 
-def grpo(rewards: Floats) -> Floats:
+def grpo(rewards: Rewards) -> Rewards:
     """[n] -> [n], mean 0 and standard deviation 1 (0 if all rewards are equal)."""
     return (rewards - rewards.mean()) / (rewards.std() + EPSILON)
 
 
-def mean(rewards: Floats) -> Floats:
+def mean(rewards: Rewards) -> Rewards:
     """[n] -> [n], mean 0, in units of reward."""
     return rewards - rewards.mean()
 
 
-def leave_one_out(rewards: Floats) -> Floats:
+def leave_one_out(rewards: Rewards) -> Rewards:
     """[n] -> [n], n >= 2: r_i - mean_{j != i} r_j = n / (n - 1) * (r_i - mean)."""
     return (rewards - rewards.mean()) * (len(rewards) / (len(rewards) - 1))
 
 
-RULES: Mapping[str, Callable[[Floats], Floats]] = {"grpo": grpo, "mean": mean, "leave_one_out": leave_one_out}
+RULES: Mapping[str, Callable[[Rewards], Rewards]] = {"grpo": grpo, "mean": mean, "leave_one_out": leave_one_out}
 
 
 def group_advantages(group: Group, rule: str) -> Floats:

@@ -128,21 +128,18 @@ def bandit(rank: int, folder: Path, *, count: int) -> Any:
     rng = torch.Generator().manual_seed(0)
     prompt, rewards, drops = [1, 2, 3], [], []
     for step in range(count):
-        groups = []
-        for _ in range(4):
-            members = []
-            for member in range(8):
-                ids, logprobs = list(prompt), []
-                for _ in range(3):
-                    with torch.no_grad():
-                        hidden = learner.model(torch.tensor([ids]))
-                        distribution = learner.model.logits(hidden[0, -1]).log_softmax(-1)
-                    token = int(torch.multinomial(distribution.exp(), 1, generator=rng))
-                    ids.append(token)
-                    logprobs.append(float(distribution[token]))
-                sampled = ids[len(prompt) :]
-                members.append(rollout(completion(prompt, sampled, logprobs, step), reward=sampled.count(7) / 3, key=str(member)))
-            groups.append(group(*members))
+        ids, logprobs = torch.tensor([prompt]).repeat(32, 1), torch.empty(32, 0)
+        for _ in range(3):
+            with torch.no_grad():
+                distribution = learner.model.logits(learner.model(ids)[:, -1]).log_softmax(-1)
+            token = torch.multinomial(distribution.exp(), 1, generator=rng)
+            ids, logprobs = torch.cat([ids, token], 1), torch.cat([logprobs, distribution.gather(1, token)], 1)
+        rows = list(zip(ids[:, len(prompt) :].tolist(), logprobs.tolist(), strict=True))
+        members = [
+            rollout(completion(prompt, sampled, own, step), reward=sampled.count(7) / 3, key=str(member))
+            for member, (sampled, own) in enumerate(rows)
+        ]
+        groups = [group(*members[i : i + 8]) for i in range(0, 32, 8)]
         rewards.append(float(np.mean([r.verdict.reward for g in groups for r in g.rollouts])))
         metrics = learner.accumulate(groups)
         drops.append(metrics["env/math/masked_share"])
