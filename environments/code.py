@@ -73,12 +73,12 @@ class CodeEnv(TextEnv):
     def act(self, turn: Turn) -> Verdict:
         assert self.task is not None
         if turn.malformed:
-            return self._failed(Status.INVALID_OUTPUT, f"broken markup: {turn.malformed}")
+            return self._unusable(f"broken markup: {turn.malformed}")
         program = extract_program(turn.content)
         if not program.strip():
-            return self._failed(Status.INVALID_OUTPUT, "no program")
+            return self._unusable("no program")
         if len(program) > MAX_PROGRAM_CHARS or "\0" in program:
-            return self._failed(Status.INVALID_OUTPUT, f"a program of {len(program)} characters, or one with NUL bytes")
+            return self._unusable(f"a program of {len(program)} characters, or one with NUL bytes")
         return self._grade(program)
 
     def oracle(self, observation: Observation, rng: random.Random) -> Turn:
@@ -102,29 +102,21 @@ class CodeEnv(TextEnv):
         if result.kind == "infra_error":
             return Verdict(status=Status.INFRA_ERROR, reward=None, evidence=evidence, verifier_version=self.version)
         score = grade_cases(result.stdout, expected, text=pipeline.mode == "stdin")
-        if result.kind != "finished":
-            status = Status.TIMEOUT_MODEL if result.kind == "timeout" else Status.OK
-            return self._failed(status, result.kind, fraction=score.fraction, ran=score.ran, evidence=evidence)
-        correct = float(score.correct)
-        status = Status.TIMEOUT_MODEL if score.timed_out else Status.OK
+        # Memory that ran out shows as cases that failed; where none did, every answer came out in time and is right.
+        correct = float(score.correct and result.kind in ("finished", "oom"))
+        late = score.timed_out or result.kind == "timeout"
         return Verdict(
-            status=status,
+            status=Status.TIMEOUT_MODEL if late else Status.OK,
             reward=correct,
             components={"correct": correct, "fraction": score.fraction, "ran": float(score.ran)},
             evidence={**evidence, "failure": score.failure},
             verifier_version=self.version,
         )
 
-    def _failed(
-        self, status: Status, reason: str, *, fraction: float = 0.0, ran: bool = False, evidence: Mapping[str, str] | None = None
-    ) -> Verdict:
-        return Verdict(
-            status=status,
-            reward=0.0,
-            components={"correct": 0.0, "fraction": fraction, "ran": float(ran)},
-            evidence={**(evidence or {}), "failure": reason[:500]},
-            verifier_version=self.version,
-        )
+    def _unusable(self, reason: str) -> Verdict:
+        components = {"correct": 0.0, "fraction": 0.0, "ran": 0.0}
+        evidence = {"failure": reason[:500]}
+        return Verdict(status=Status.INVALID_OUTPUT, reward=0.0, components=components, evidence=evidence, verifier_version=self.version)
 
 
 def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:

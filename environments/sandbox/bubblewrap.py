@@ -104,7 +104,8 @@ class BubblewrapSandbox(Sandbox):
     def command(self, limits: Limits, slot: int, seccomp_fd: int) -> list[str]:
         """The whole bwrap command line: every privilege that a program has is listed here."""
         root = os.geteuid() == 0
-        # A user namespace that bwrap makes maps one uid only, so root does without one and the runner changes uid by itself.
+        # A user namespace that bwrap makes maps one uid only, so root does without one and the runner changes uid by itself, which
+        # clears its capabilities; the bounding set stays, and means nothing as bwrap forbids new privileges.
         identity = (
             ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user", "--uid", "65534", "--gid", "65534"]
         )

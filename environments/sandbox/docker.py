@@ -61,8 +61,9 @@ class DockerSandbox(Sandbox):
             container: _Container | None = None
             try:
                 container = self._take(job.limits)
-                kind, transcript = self._talk(container, payload, job)
-                kind = "infra_error" if container.lost else kind
+                kind, transcript = self._talk(container, payload, job.limits)
+                # Only where the host has not decided by itself: no program may turn its own end into a failure of ours.
+                kind = "infra_error" if container.lost and kind == "finished" else kind
                 answer, complaint = transcript.answer, base.tail(transcript.stderr)
             except Exception as error:  # noqa: BLE001 - the engine's client raises many kinds; all are ours, none the program's
                 kind, answer, complaint = "infra_error", b"", f"{type(error).__name__}: {error}"[:500]
@@ -82,14 +83,13 @@ class DockerSandbox(Sandbox):
         while self._pool:
             self._pool.popleft().remove()
 
-    def _talk(self, container: _Container, payload: bytes, job: SandboxJob) -> tuple[Kind, Transcript]:
-        kind, transcript = pump(container, payload, job.limits)
+    def _talk(self, container: _Container, payload: bytes, limits: Limits) -> tuple[Kind, Transcript]:
+        kind, transcript = pump(container, payload, limits)
         if kind != "finished":
             container.kill()
-        if kind == "timeout" or transcript.answer.count(b"\n") < len(job.inputs):
-            # Asked of the engine only, and only about memory: an exit code is the program's to choose.
-            state = container.state()
-            kind = "oom" if state.get("OOMKilled") else kind
+        # Asked of the engine, and only about memory: an exit code is the program's to choose.
+        if container.state().get("OOMKilled"):
+            kind = "oom"
         return kind, transcript
 
     # --- the pool -----------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class DockerSandbox(Sandbox):
         if not hasattr(self._local, "api"):
             import docker
 
-            self._local.api = docker.from_env(timeout=60).api
+            self._local.api = docker.APIClient(timeout=60, **docker.utils.kwargs_from_env())  # asks the engine nothing yet
         return self._local.api
 
     def _check_engine(self) -> None:
@@ -168,12 +168,14 @@ class DockerSandbox(Sandbox):
             import docker  # noqa: F401
         except ImportError as error:
             raise SandboxUnavailable("the Python package `docker` is missing: pip install docker") from error
+        address = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        advice = "start one, for example with `infra/docker/start-engine.sh`, and set DOCKER_HOST"
+        if address.startswith("unix://") and not Path(address.removeprefix("unix://")).exists():
+            raise SandboxUnavailable(f"no Docker engine at {address}; {advice}")
         try:
             self._api().ping()
         except Exception as error:
-            raise SandboxUnavailable(
-                f"no Docker engine answers ({type(error).__name__}); start one, or `infra/docker/start-engine.sh`, and set DOCKER_HOST"
-            ) from error
+            raise SandboxUnavailable(f"the Docker engine at {address} does not answer ({type(error).__name__}); {advice}") from error
         try:
             self._api().inspect_image(IMAGE)
         except Exception as error:
@@ -287,13 +289,21 @@ class _Container:
         return found
 
     def kill(self) -> None:
-        """End everything inside at once. Kills the container, not our connection to it."""
+        """End everything inside at once. Kills the container, not only our connection to it.
+
+        Hang up first: the engine waits for a reader of the streams before it answers anything else about the container, and a
+        program that floods them held it for a minute.
+        """
+        self._hang_up()
         with contextlib.suppress(Exception):  # it may have ended by itself
             self._api().kill(self._id)
 
     def remove(self) -> None:
+        self._hang_up()
         with contextlib.suppress(Exception):  # what stays is reaped by the next process that opens this backend
             self._api().remove_container(self._id, force=True, v=True)
+
+    def _hang_up(self) -> None:
         if self._stream is not None:
             with contextlib.suppress(OSError):
                 self._stream.close()

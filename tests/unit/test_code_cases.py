@@ -32,7 +32,18 @@ def test_one_wrong_output_is_not_correct_and_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("got", "wanted"),
-    [("true", 1), ("1", True), ("1.0", 1), ("1", 1.0), ('"1"', 1), ("null", 0), ("[1]", [True]), ('{"a": 1}', {"a": 1.0}), ("[]", {}), ("0", False)],
+    [
+        ("true", 1),
+        ("1", True),
+        ("1.0", 1),
+        ("1", 1.0),
+        ('"1"', 1),
+        ("null", 0),
+        ("[1]", [True]),
+        ('{"a": 1}', {"a": 1.0}),
+        ("[]", {}),
+        ("0", False),
+    ],
 )
 def test_a_value_of_another_type_is_wrong(got: str, wanted: Any) -> None:
     assert not grade_cases(lines(got), [wanted], text=False).correct
@@ -75,7 +86,9 @@ def test_the_claimed_state_decides_nothing_but_failure() -> None:
     assert grade_cases(lines("1", state="timeout"), [1], text=False).timed_out
 
 
-@pytest.mark.parametrize(("printed", "right"), [("7", True), ("7\n", True), ("7  \n\n", True), (" 7", False), ("7 7", False), ("", False), ("07", False)])
+@pytest.mark.parametrize(
+    ("printed", "right"), [("7", True), ("7\n", True), ("7  \n\n", True), (" 7", False), ("7 7", False), ("", False), ("07", False)]
+)
 def test_text_is_compared_line_by_line_without_trailing_blanks(printed: str, right: bool) -> None:
     assert grade_cases(lines(printed), ["7"], text=True).correct is right
 
