@@ -7,8 +7,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SHARED = {"oracle_working": 0.5, "sandbox": "auto"}
-"""Options that every environment accepts: how often its oracle shows its working, and where untrusted programs run."""
+SHARED = {"oracle_working": 0.5, "sandbox": "auto", "tokenizer": ""}
+"""Options that every environment accepts: how often its oracle shows its working, where untrusted programs run, and the folder of the
+policy's tokenizer.json, in whose tokens a prompt's length may be asked for."""
 
 
 def read_knobs(env_id: str, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import ray
 from ray import ObjectRef
 
 from rl_core.config import RunConfig
+from rl_core.process_env import cpu_environment
 from rl_core.seams import Ref
 from rl_core.types import Agreement, Completion, StepStats
 
@@ -101,12 +102,11 @@ class LearnerGroup:
     @staticmethod
     async def start(config: RunConfig, run_dir: Path) -> LearnerGroup:
         """Start the ranks; a run folder that has checkpoints goes on from the newest."""
-        threads = str(config.learner.num_threads)
         options: dict[str, Any] = {
             "num_cpus": config.learner.num_threads,
             "num_gpus": 1 if ray.cluster_resources().get("GPU") else 0,
             "max_restarts": 0,  # a rank that dies takes its gradients along: the run ends, and resumes from a checkpoint
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+            "runtime_env": {"env_vars": cpu_environment(config.learner.num_threads)},
         }
         actor = ray.remote(LearnerRank)
         ranks = [actor.options(**options).remote(config, run_dir.absolute(), rank) for rank in range(config.learner.num_ranks)]

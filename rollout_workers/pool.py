@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, TaskCancelledError
 
 from environments.host import EnvHost
 from rl_core.config import RunConfig
+from rl_core.process_env import cpu_environment
 from rl_core.seams import GroupResult, Ref
 from rl_core.types import EpisodeSpec, Receipt, Task
 from rollout_workers.engine import EngineError
@@ -132,7 +133,7 @@ class Pool:
             num_cpus=0 if gpus else rollout.num_threads,
             num_gpus=gpus,
             max_concurrency=concurrency,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(rollout.num_threads)}},
+            runtime_env={"env_vars": cpu_environment(rollout.num_threads)},
         )
         log_path = str(self._run_dir.absolute() / "logs" / f"{place.name}.log") if self._run_dir else ""
         seed = config.seed * 1009 + 31 * int(place.name[1:]) + place.restarts
