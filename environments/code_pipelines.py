@@ -14,11 +14,13 @@ Everything that can be true of a program is decided by `compute`, which is plain
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 KINDS = ("ints", "steps", "lists", "strings", "stdin")
-REDUCERS = ("sum", "max", "min", "len", "sorted", "list")
+_REDUCE: dict[str, Callable[[list[int]], Any]] = {"sum": sum, "max": max, "min": min, "len": len, "sorted": sorted, "list": list}
+REDUCERS = tuple(_REDUCE)
 
 
 class Step(NamedTuple):
@@ -165,13 +167,12 @@ def _on_int(step: Step, x: int) -> int:
 
 
 def _on_list(step: Step, xs: list[int]) -> Any:
-    match step.word:
-        case "keep":
-            return [x for x in xs if x > step.number]
-        case "sum" | "max" | "min" | "len" | "sorted" | "list":
-            return {"sum": sum, "max": max, "min": min, "len": len, "sorted": sorted, "list": list}[step.word](xs)
-        case _:
-            return [_on_int(step, x) for x in xs]
+    reduce = _REDUCE.get(step.word)
+    if reduce is not None:
+        return reduce(xs)
+    if step.word == "keep":
+        return [x for x in xs if x > step.number]
+    return [_on_int(step, x) for x in xs]
 
 
 def _on_text(step: Step, s: str) -> str:

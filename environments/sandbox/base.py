@@ -121,7 +121,7 @@ def default_width() -> int:
     return int(os.environ.get("POLYRL_SANDBOXES", "2"))
 
 
-def tail(data: bytes, limit: int = 2000) -> str:
+def tail(data: bytes | bytearray, limit: int = 2000) -> str:
     """The end of hostile bytes as printable text."""
     text = data[-limit:].decode("utf-8", "replace")
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)

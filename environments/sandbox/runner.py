@@ -8,12 +8,19 @@ Every run starts a Python, so imports are counted: json, signal and contextlib w
 half of json does all that is needed; signal numbers are the kernel's.
 """
 
+from __future__ import annotations
+
+import builtins
 import os
 import resource
 import select
 import sys
 import time
 from _json import encode_basestring_ascii, make_encoder, make_scanner
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 SIGKILL = 9
 
@@ -40,7 +47,7 @@ def main() -> None:
             return
 
 
-def read_job() -> dict:
+def read_job() -> dict[str, Any]:
     """The job: its length on a line, then so many bytes of JSON. Ends the process if the host hung up."""
     stream = sys.stdin.buffer
     header = stream.readline(32)
@@ -50,7 +57,8 @@ def read_job() -> dict:
     body = stream.read(size)
     if len(body) != size:
         os._exit(0)
-    return make_scanner(Scanning)(body.decode(), 0)[0]
+    job: dict[str, Any] = make_scanner(Scanning)(body.decode(), 0)[0]  # type: ignore[arg-type]
+    return job
 
 
 class Scanning:
@@ -58,7 +66,7 @@ class Scanning:
 
     strict, object_hook, object_pairs_hook = True, None, None
     parse_float, parse_int, parse_constant = float, int, float
-    memo = {}  # noqa: RUF012
+    memo: dict[str, str] = {}  # noqa: RUF012
 
 
 def to_json(value: object) -> str:
@@ -72,7 +80,7 @@ def not_json(value: object) -> None:
     raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
-def run_case(job: dict, value: object) -> tuple:
+def run_case(job: dict[str, Any], value: object) -> tuple[str, bytes]:
     """(state, output) of one input. States: value, error, timeout, output (too much of it)."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -101,13 +109,14 @@ def run_case(job: dict, value: object) -> tuple:
     return "value" if state == "done" else state, out
 
 
-def collect(pid: int, reader: int, job: dict) -> tuple:
+def collect(pid: int, reader: int, job: dict[str, Any]) -> tuple[str, bytes, tuple[Any, ...]]:
     """Read the child's output until it ends, is too long, or is too late. (state, output, (wait status, usage) or ())."""
     deadline = time.monotonic() + job["case_wall_s"]
     os.set_blocking(reader, False)
     poll = select.poll()
     poll.register(reader, select.POLLIN)
-    out, limit, ended, open_end = b"", job["case_output_bytes"], (), True
+    ended: tuple[Any, ...] = ()
+    out, limit, open_end = b"", job["case_output_bytes"], True
     while True:
         if open_end:
             poll.poll(20)
@@ -132,7 +141,7 @@ def collect(pid: int, reader: int, job: dict) -> tuple:
             return "timeout", b"", ended
 
 
-def child(job: dict, value: object, writer: int) -> None:
+def child(job: dict[str, Any], value: Any, writer: int) -> None:
     """In the forked child: run the program on one input, its output on `writer`."""
     text = value if job["mode"] == "stdin" else ""
     stdin = os.memfd_create("stdin")
@@ -146,9 +155,8 @@ def child(job: dict, value: object, writer: int) -> None:
     _limit(resource.RLIMIT_AS, job["memory_bytes"])
     _limit(resource.RLIMIT_FSIZE, job["file_bytes"])
     _limit(resource.RLIMIT_NOFILE, job["open_files"])
-    builtins = sys.modules["builtins"]
-    builtins.exit = builtins.quit = sys.exit  # the site module, left out here, would give these
-    space = {"__name__": "__main__", "__builtins__": builtins}
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # the site module, left out here, would give these
+    space: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
     exec(compile(job["program"], "program.py", "exec"), space)  # the reason why this process is boxed in
     if job["mode"] == "function":
         write_all(writer, to_json(space[job["entry"]](value)).encode())
