@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import json
+import logging
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -44,6 +46,9 @@ EXCLUDES = ["/.venv/", "/.git/", "/runs/", "/build/", "/dist/", "**/__pycache__/
 """What of the checkout a job does not need."""
 
 
+DRIVER_ENVIRONMENT = {"POLYRL_EVENTS": "stdout", "PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+
+
 class JobError(UsageError):
     """A job or its cluster is not there."""
 
@@ -54,7 +59,16 @@ class Head:
 
     pid: int  # of `ray start --block`, which ends all of its processes when it is told to end
     address: str  # of the job API, http://127.0.0.1:port
-    folder: str  # Ray's temporary files
+    folder: str  # Ray's temporary files, and the token that its job API asks for; nobody else may enter it
+
+    @property
+    def token_path(self) -> Path:
+        return Path(self.folder) / "token"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request to its job API must carry."""
+        return {"Authorization": f"Bearer {self.token_path.read_text(encoding='utf-8')}"}
 
     def save(self, path: Path) -> None:
         """Leave a note, so that `polyrl jobs|logs|stop` in another terminal find it."""
@@ -77,10 +91,14 @@ def head_note(runs_dir: Path) -> Path:
 
 
 def start_head(*, dies_with_us: bool) -> Head:
-    """Start a Ray head with free ports and a temporary folder of its own. `dies_with_us`: also if this process is killed."""
+    """Start a Ray head with free ports and a temporary folder of its own. `dies_with_us`: also if this process is killed.
+
+    A job API runs whatever it is sent, and other users of the machine reach its port: the head gets a token of its own.
+    """
     folder = tempfile.mkdtemp(prefix="polyrl-ray-")  # short: Ray puts Unix sockets below it, whose paths may have 107 bytes
+    token_path = Path(folder, "token")
+    token_path.write_text(secrets.token_hex(32), encoding="utf-8")
     ports = free_ports(5)
-    address = f"http://127.0.0.1:{ports[1]}"
     command = [
         _beside_python("ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",
         f"--port={ports[0]}", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}",
@@ -90,6 +108,8 @@ def start_head(*, dies_with_us: bool) -> Head:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # jobs find the `polyrl` of this environment
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
     }
     environment.pop("RAY_ADDRESS", None)
     log_path = Path(folder) / "head.log"
@@ -98,7 +118,7 @@ def start_head(*, dies_with_us: bool) -> Head:
             command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
             preexec_fn=_end_with_parent if dies_with_us else None,
         )  # fmt: skip
-    head = Head(pid=process.pid, address=address, folder=folder)
+    head = Head(pid=process.pid, address=f"http://127.0.0.1:{ports[1]}", folder=folder)
     try:
         _await_head(process, head, log_path)
     except BaseException:
@@ -127,15 +147,19 @@ def stop_head(head: Head) -> None:
     shutil.rmtree(head.folder, ignore_errors=True)
 
 
-def client(address: str) -> JobSubmissionClient:
-    """A client of the cluster's job API. Raises JobError if nothing answers."""
+def client(address: str | Head) -> JobSubmissionClient:
+    """A client of the job API of a cluster, or of our own head. Raises JobError if nothing answers."""
     from ray.job_submission import JobSubmissionClient
 
+    headers = address.headers if isinstance(address, Head) else None
+    address = address.address if isinstance(address, Head) else address
     try:
-        return JobSubmissionClient(address)
+        made = JobSubmissionClient(address, headers=headers)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise JobError(f"no Ray job API answers at {address} ({reason}); give the dashboard's address, such as http://HOST:8265") from error
+    logging.getLogger("ray").setLevel(logging.ERROR)  # the client turned it up: it would list every ignored file of an upload
+    return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,18 +180,21 @@ class Submission:
         return shlex.join(["exec", "polyrl", "run", str(config), *self.overrides])
 
     def send(self, to: JobSubmissionClient) -> str:
-        """Returns the job's id."""
-        return str(
-            to.submit_job(
-                entrypoint=self.entrypoint,
-                runtime_env={
-                    "working_dir": str(self.working_dir),
-                    "excludes": EXCLUDES,
-                    "env_vars": {"POLYRL_EVENTS": "stdout", "PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
-                },
-                metadata={"config": self.config.name, "commit": commit_of(self.working_dir)},
-            )
-        )
+        """Returns the job's id. Waits for a cluster that has just started: its API answers before it can run anything."""
+        deadline = time.monotonic() + HEAD_START_S
+        while True:
+            try:
+                return str(
+                    to.submit_job(
+                        entrypoint=self.entrypoint,
+                        runtime_env={"working_dir": str(self.working_dir), "excludes": EXCLUDES, "env_vars": DRIVER_ENVIRONMENT},
+                        metadata={"config": self.config.name, "commit": commit_of(self.working_dir)},
+                    )
+                )
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise JobError(f"the cluster took no job: {' '.join(str(error).split())}") from error
+                time.sleep(1)
 
 
 def project_of(config: Path) -> Path:
@@ -269,7 +296,8 @@ def _await_head(process: subprocess.Popen[bytes], head: Head, log_path: Path) ->
         if process.poll() is not None:
             raise JobError(f"Ray did not start: {_last_lines(log_path)}")
         try:
-            with urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=5) as answer:
+            request = urllib.request.Request(f"{head.address}/api/jobs/", headers=head.headers)
+            with urllib.request.urlopen(request, timeout=5) as answer:
                 if answer.status == 200:
                     return
         except OSError:
@@ -312,8 +340,8 @@ def _beside_python(name: str) -> str:
     return str(path) if path.is_file() else name
 
 
-def is_local(address: str) -> bool:
+def is_local(address: str | Head) -> bool:
     """Whether a job API is on this machine, so that paths mean the same to the job as to us."""
     from urllib.parse import urlsplit
 
-    return (urlsplit(address).hostname or address) in ("127.0.0.1", "localhost", "::1", "auto")
+    return isinstance(address, Head) or (urlsplit(address).hostname or address) in ("127.0.0.1", "localhost", "::1", "auto")

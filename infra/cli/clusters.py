@@ -109,14 +109,10 @@ def _client(address: str | None, runs_dir: Path) -> JobSubmissionClient:
     """Of the named cluster, or of our own head on this machine."""
     from infra.jobs import Head, client, head_note
 
-    if address is None:
-        head = Head.load(head_note(runs_dir))
-        if head is None:
-            raise UsageError(
-                "no cluster: give --address http://HOST:8265 or set RAY_ADDRESS; no head that `polyrl submit` started runs here"
-            )
-        address = head.address
-    return client(address)
+    cluster = address or Head.load(head_note(runs_dir))
+    if cluster is None:
+        raise UsageError("no cluster: give --address http://HOST:8265 or set RAY_ADDRESS; no head that `polyrl submit` started runs here")
+    return client(cluster)
 
 
 def _find(client: JobSubmissionClient, name: str) -> str:

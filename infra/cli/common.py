@@ -25,15 +25,20 @@ def print_json(data: Any) -> None:
     sys.stdout.write("\n")
 
 
+def draw(run: StoredRun) -> Path | None:
+    """Draw curves.png and report.html; None if the run recorded nothing."""
+    from infra.report import write_report  # matplotlib takes a second
+
+    return write_report(run) if any(True for _ in run.events()) else None
+
+
 def finish(run: StoredRun) -> None:
     """After a run, however it ended: draw its curves and say where everything is."""
-    from infra.report import write_report
-
-    state = fold(run.events())
-    if not state.run:
+    report = draw(run)
+    if report is None:
         typer.echo(f"nothing was recorded in {run.run_dir}")
         return
-    report = write_report(run)
+    state = fold(run.events())
     seconds = f" in {clock(state.seconds)}" if state.seconds is not None else ""
     typer.echo(f"\nrun {run.id}: {run.state}{seconds}" + (f": {state.reason}" if state.reason else ""))
     for env in state.environments.values():

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infra.cli.common import Overrides, finish
+from infra.cli.common import Overrides, draw, finish
 from infra.preflight import preflight
 from infra.view import EventLines, make_view
 from rl_core.config import RunConfig, load_config
-from rl_core.events import Sink
-from rl_core.run_store import StoredRun, create_run_dir, list_runs
+from rl_core.run_store import StoredRun, create_run_dir
+
+if TYPE_CHECKING:
+    from infra.jobs import Head
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/quickstart.yaml.")]
 
@@ -32,16 +34,17 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     from infra import launch  # Ray, and with it seconds: only now that the config is known to be right
 
     run_dir = create_run_dir(checked)
-    with ExitStack() as closing:
-        sinks: list[Sink] = []
-        if os.environ.get("POLYRL_EVENTS") == "stdout":
-            sinks.append(EventLines())
-        else:
-            view = make_view()
-            closing.callback(view.close)
-            sinks.append(view)
-        code = launch.run(checked, run_dir=run_dir, sinks=sinks)
-    finish(StoredRun(run_dir))
+    followed = os.environ.get("POLYRL_EVENTS") == "stdout"  # by whoever reads our output, who will also say how it ended
+    view = None if followed else make_view()
+    try:
+        code = launch.run(checked, run_dir=run_dir, sinks=[view or EventLines()])
+    finally:
+        if view is not None:
+            view.close()
+    if followed:
+        draw(StoredRun(run_dir))
+    else:
+        finish(StoredRun(run_dir))
     raise typer.Exit(code)
 
 
@@ -62,14 +65,12 @@ def submit(
     from infra import jobs
 
     runs_dir = Path(checked.runs_dir).absolute()
-    before = {r.id for r in list_runs(runs_dir)}
     with ExitStack() as closing:
-        if address is None:
-            address = _local_head(runs_dir, closing, stays=not follow)
-        client = jobs.client(address)
-        local = jobs.is_local(address)
+        cluster = address or _local_head(runs_dir, closing, stays=not follow)
+        client = jobs.client(cluster)
+        local = jobs.is_local(cluster)
         if local:
-            overrides = [*overrides, *_absolute_paths(checked, overrides)]
+            overrides = _absolute_paths(checked, overrides)
         submission = jobs.Submission(
             working_dir=jobs.project_of(config), config=config.absolute(), overrides=tuple(overrides), local=local,
         )  # fmt: skip
@@ -82,16 +83,15 @@ def submit(
             status = jobs.follow(client, job, view, on_stopping=lambda: view.log("stopping: the current step ends and is saved"))
         finally:
             view.close()
-        run_id = view.state.run
-    if run_id and (runs_dir / run_id).is_dir() and run_id not in before:
-        finish(StoredRun(runs_dir / run_id))
+    if view.state.run and (runs_dir / view.state.run).is_dir():
+        finish(StoredRun(runs_dir / view.state.run))
     if status != "SUCCEEDED":
         typer.echo(f"job {job}: {status.lower()}", err=True)
         raise typer.Exit(1)
 
 
-def _local_head(runs_dir: Path, closing: ExitStack, *, stays: bool) -> str:
-    """The address of a head on this machine: one that still runs, or a new one, which ends with us unless it `stays`."""
+def _local_head(runs_dir: Path, closing: ExitStack, *, stays: bool) -> Head:
+    """A head on this machine: one that still runs, or a new one, which ends with us unless it `stays`."""
     from infra import jobs
 
     note = jobs.head_note(runs_dir)
@@ -103,13 +103,11 @@ def _local_head(runs_dir: Path, closing: ExitStack, *, stays: bool) -> str:
         if not stays:
             closing.callback(note.unlink, missing_ok=True)
             closing.callback(jobs.stop_head, head)
-    return head.address
+    return head
 
 
 def _absolute_paths(config: RunConfig, overrides: list[str]) -> list[str]:
     """A job runs in a copy of the checkout: results must land in the user's own, and a checkpoint outside of it be found."""
     model = Path(config.model.path)
-    extra = [f"runs_dir={Path(config.runs_dir).absolute()}"]
-    if any(o.startswith("model.path=") for o in overrides) or ".." in model.parts:
-        extra.append(f"model.path={model.absolute()}")
-    return extra
+    kept = [o for o in overrides if o.split("=")[0] not in ("runs_dir", "model.path")]
+    return [*kept, f"runs_dir={Path(config.runs_dir).absolute()}", f"model.path={model.absolute()}"]
