@@ -309,6 +309,6 @@ def reference(cls: type = RunConfig, prefix: str = "") -> list[tuple[str, str, s
         elif f.name == "environments":
             rows += reference(EnvironmentConfig, f"{prefix}environments.<name>.")
         else:
-            default = f.default if f.default is not NO_DEFAULT else f.default_factory()  # type: ignore[misc]
+            default = f.default if f.default is not NO_DEFAULT else f.default_factory()  # type: ignore[misc, operator]
             rows.append((f"{prefix}{f.name}", getattr(hints[f.name], "__name__", str(hints[f.name])), repr(default)))
     return rows

@@ -244,7 +244,7 @@ def _row(group: Group, rollout: Rollout, label: str, step: int | None, *, keep_t
     completions = rollout.completions
     versions = [span.version for c in completions for span in c.spans if span.stop > span.start]
     verdict, task = rollout.verdict, group.task
-    row = {
+    row: dict[str, Any] = {
         "rollout_id": rollout.id,
         "group_id": group.id,
         "env": task.env,

@@ -285,7 +285,7 @@ def in_memory_file(blob: NDArray[np.uint8]) -> Iterator[str]:
     """A path under which other processes of this user can read `blob`. It holds no disk, and goes with this process at the latest."""
     descriptor = os.memfd_create("polyrl-weights")
     try:
-        view = memoryview(np.ascontiguousarray(blob)).cast("B")
+        view = memoryview(np.ascontiguousarray(blob).data).cast("B")
         while view:
             view = view[os.write(descriptor, view) :]
         yield f"/proc/{os.getpid()}/fd/{descriptor}"

@@ -16,6 +16,9 @@ READY = b"ready\n"
 """The runner's first words, written before it has seen the program: without them, nothing of the policy's ran."""
 
 
+_FIRST_UID, _UIDS_PER_PROCESS = 100_000_000, 256
+
+
 class SandboxUnavailable(RuntimeError):
     """No backend can isolate on this machine. The message says what to install."""
 
@@ -114,6 +117,14 @@ class Gate:
             with self._changed:
                 self._free.append(number)
                 self._changed.notify()
+
+
+def unprivileged_uid(number: int) -> int:
+    """A uid that owns nothing and that no other program runs as at the same time, whichever process of ours started it.
+
+    Limits on the number of processes count per uid: a shared one would let a fork bomb fail its neighbours.
+    """
+    return _FIRST_UID + os.getpid() * _UIDS_PER_PROCESS + number % _UIDS_PER_PROCESS
 
 
 def default_width() -> int:

@@ -25,8 +25,6 @@ from environments.sandbox.cgroups import Cgroup, CgroupFactory
 from environments.sandbox.pump import Pipes, pump
 from environments.sandbox.seccomp import filter_program
 
-_FIRST_UID = 61_000
-"""Slot k runs as this plus k: a uid that owns nothing, and that no other program runs as at the same time."""
 _JOIN_THEN = 'for f in $JOIN; do echo $$ > "$f" || exit 125; done; unset JOIN; exec "$@"'
 
 
@@ -118,7 +116,7 @@ class BubblewrapSandbox(Sandbox):
             "--setenv", "LANG", "C.UTF-8", "--setenv", "LD_LIBRARY_PATH", "/python/lib",
             *self._mounts(limits),
             "--chdir", "/tmp", "--seccomp", str(seccomp_fd),
-            "/python/bin/python3", "-I", "-S", "-B", "-c", self._source, str(_FIRST_UID + slot if root else 0), str(limits.processes),
+            "/python/bin/python3", "-I", "-S", "-B", "-c", self._source, str(base.unprivileged_uid(slot) if root else 0), str(limits.processes),
         ]  # fmt: skip
 
     def _mounts(self, limits: Limits) -> list[str]:

@@ -27,8 +27,6 @@ from environments.sandbox.pump import Transcript, pump
 
 IMAGE = os.environ.get("POLYRL_SANDBOX_IMAGE", "polyrl-sandbox:1")
 _LABEL, _OWNER = "polyrl.sandbox", "polyrl.owner"
-_FIRST_UID, _UIDS = 61_000, 3_000
-"""Limits on processes count per uid over the whole machine, so containers that live at the same time have different ones."""
 
 
 class DockerSandbox(Sandbox):
@@ -132,7 +130,7 @@ class DockerSandbox(Sandbox):
 
     def _create(self, limits: Limits) -> _Container:
         api = self._api()
-        uid = _FIRST_UID + (os.getpid() * 101 + next(self._counter)) % _UIDS
+        uid = base.unprivileged_uid(next(self._counter))
         made = api.create_container(
             IMAGE,
             command=["/usr/bin/python3", "-I", "-S", "-B", "-c", base.runner_source(), "0", str(limits.processes)],

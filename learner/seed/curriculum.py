@@ -39,8 +39,8 @@ def _short(working: float) -> tuple[Course, ...]:
     )
 
 
-def _documents(share: float, low: int, high: int, *, questions: int = 1, working: float = LEARN) -> Course:
-    options = {**OPTIONS["long_context"], "min_tokens": low, "max_tokens": high, "questions": questions}
+def _documents(share: float, low: int, high: int, *, working: float = LEARN) -> Course:
+    options = {**OPTIONS["long_context"], "min_tokens": low, "max_tokens": high}
     return Course(env="long_context", share=share, working=working, options=options)
 
 
@@ -53,11 +53,12 @@ class Phase:
 
 
 PHASES = (
-    Phase(until=0.50, courses=(*_short(LEARN), _documents(0.25, 64, 256, questions=4), _documents(0.1, 48, 192))),
-    Phase(until=0.75, courses=(*_short(LEARN), _documents(0.15, 128, 512, questions=3), _documents(0.25, 128, 768))),
+    Phase(until=0.45, courses=(*_short(LEARN), _documents(0.45, 32, 128))),
+    Phase(until=0.65, courses=(*_short(LEARN), _documents(0.45, 64, 512))),
+    Phase(until=0.85, courses=(*_short(LEARN), _documents(0.75, 128, 4096))),
     Phase(until=1.0, courses=(*_short(SETTLE), _documents(0.75, 512, 4096, working=SETTLE))),
 )
-"""Several questions at once give many look-ups per token, from which retrieval is learned soonest."""
+"""Retrieval is learned soonest from many tiny documents with one question each, and then carries over to long ones."""
 
 FINAL = (*_short(SETTLE), _documents(1.0, 1024, 4096, working=SETTLE))
 """What is measured at the end: the environments as a run meets them."""

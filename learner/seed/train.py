@@ -107,7 +107,7 @@ def fit(
     """Train, yielding the number of steps done after each one."""
     optimizers = make_optimizers(model)
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    pad = int(chat.tokenizer.token_to_id("<|pad|>"))
+    pad = int(chat.tokenizer.token_to_id("<|pad|>") or 0)
     progress = Progress()
     step = 0
     for number, phase in enumerate(PHASES):
