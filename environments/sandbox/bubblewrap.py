@@ -116,7 +116,8 @@ class BubblewrapSandbox(Sandbox):
             "--setenv", "LANG", "C.UTF-8", "--setenv", "LD_LIBRARY_PATH", "/python/lib",
             *self._mounts(limits),
             "--chdir", "/tmp", "--seccomp", str(seccomp_fd),
-            "/python/bin/python3", "-I", "-S", "-B", "-c", self._source, str(base.unprivileged_uid(slot) if root else 0), str(limits.processes),
+            "/python/bin/python3", "-I", "-S", "-B", "-c", self._source,
+            str(base.unprivileged_uid(slot) if root else 0), str(limits.processes),
         ]  # fmt: skip
 
     def _mounts(self, limits: Limits) -> list[str]:
