@@ -101,7 +101,6 @@ class BubblewrapSandbox(Sandbox):
 
     def command(self, limits: Limits, slot: int, seccomp_fd: int) -> list[str]:
         """The whole bwrap command line: every privilege that a program has is listed here."""
-        root = os.geteuid() == 0
         # A user namespace that bwrap makes maps one uid only, so root does without one and the runner changes uid by itself, which
         # clears its capabilities; the bounding set stays, and means nothing as bwrap forbids new privileges.
         identity = (
@@ -117,7 +116,7 @@ class BubblewrapSandbox(Sandbox):
             *self._mounts(limits),
             "--chdir", "/tmp", "--seccomp", str(seccomp_fd),
             "/python/bin/python3", "-I", "-S", "-B", "-c", self._source,
-            str(base.unprivileged_uid(slot) if root else 0), str(limits.processes),
+            str(uid), str(limits.processes),
         ]  # fmt: skip
 
     def _mounts(self, limits: Limits) -> list[str]:
