@@ -103,9 +103,9 @@ class BubblewrapSandbox(Sandbox):
         """The whole bwrap command line: every privilege that a program has is listed here."""
         # A user namespace that bwrap makes maps one uid only, so root does without one and the runner changes uid by itself, which
         # clears its capabilities; the bounding set stays, and means nothing as bwrap forbids new privileges.
-        identity = (
-            ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-        )
+        uid, identity = 0, ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+        if os.geteuid() == 0:
+            uid, identity = base.unprivileged_uid(slot), ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         return [
             str(self._bwrap),
             "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
