@@ -5,6 +5,7 @@ On CPU only, where stock vLLM 0.32 is wrong or refuses for Mamba-2 / attention /
 
     conv_update.py   speculative decoding left rejected draft tokens in the convolution state (silently wrong samples)
     sampling.py      speculative decoding sampled at a temperature read from uninitialised memory (silently wrong samples)
+    ssm_update.py    and the wrong recurrent states were read for drafts (silently wrong samples)
     latent_moe.py    ungated (relu^2) experts are refused
     seeded.py        a seeded request ended the engine when its prompt was prefilled in parts
 
@@ -33,9 +34,9 @@ def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "rollout_workers.vllm_plugin.weights", "SharedMemoryWeights")
     if current_platform.is_cpu():
-        from rollout_workers.vllm_plugin import conv_update, latent_moe, sampling, seeded
+        from rollout_workers.vllm_plugin import conv_update, latent_moe, sampling, seeded, ssm_update
 
-        for fix in (conv_update, latent_moe, sampling, seeded):
+        for fix in (conv_update, latent_moe, sampling, seeded, ssm_update):
             fix.install()
 
 
