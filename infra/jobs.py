@@ -34,6 +34,7 @@ from infra.ray_cluster import LOGICAL_CPUS, OBJECT_STORE_BYTES
 from infra.view import View, parse_line
 
 if TYPE_CHECKING:
+    import psutil
     from ray.job_submission import JobSubmissionClient
 
 HEAD_START_S = 90.0
@@ -131,30 +132,43 @@ def stop_head(head: Head) -> None:
     """End exactly the processes of this head, and remove its folder."""
     import psutil
 
-    try:
-        leader = psutil.Process(head.pid)
-        family = [leader, *leader.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
-    if family:
-        family[0].terminate()
-        psutil.wait_procs(family, timeout=20)
-    for process in family:
-        if process.is_running():
-            process.kill()
-    psutil.wait_procs(family, timeout=5)
+    for process in (family := _family(head)):
+        if process.pid == head.pid:
+            process.terminate()  # it ends the others in their order
+    psutil.wait_procs(family, timeout=20)
     _reap(head.pid)
+    left = _family(head)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, timeout=5)
     shutil.rmtree(head.folder, ignore_errors=True)
+
+
+def _family(head: Head) -> list[psutil.Process]:
+    """The processes of this head, also those whose parent has gone: they are in the session that it leads, or name its folder."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == head.pid or any(head.folder in part for part in process.cmdline()):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return [p for p in found if p.pid != os.getpid()]
 
 
 def client(address: str | Head) -> JobSubmissionClient:
     """A client of the job API of a cluster, or of our own head. Raises JobError if nothing answers."""
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     headers = address.headers if isinstance(address, Head) else None
     address = address.address if isinstance(address, Head) else address
     try:
         made = JobSubmissionClient(address, headers=headers)
+    except AuthenticationError as error:
+        raise JobError(f"the cluster at {address} asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise JobError(f"no Ray job API answers at {address} ({reason}); give the dashboard's address, such as http://HOST:8265") from error
@@ -218,7 +232,7 @@ def commit_of(folder: Path) -> str:
 def follow(to: JobSubmissionClient, job: str, view: View, *, on_stopping: Callable[[], None]) -> str:
     """Show a job's log until it ends; returns its final status, SUCCEEDED, FAILED or STOPPED.
 
-    Ctrl-C asks the job to stop and follows on until it has: its step ends and is saved. A second Ctrl-C raises KeyboardInterrupt.
+    Ctrl-C or SIGTERM asks the job to stop and follows on until it has: its step ends and is saved. A second one raises KeyboardInterrupt.
     """
     stopping = False
 
@@ -230,12 +244,13 @@ def follow(to: JobSubmissionClient, job: str, view: View, *, on_stopping: Callab
         on_stopping()
         request_stop(to, job)
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    previous = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         asyncio.run(tail(to, job, view))
         return await_end(to, job)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def request_stop(to: JobSubmissionClient, job: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,6 +65,7 @@ def submit(
 
     from infra import jobs
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started here is ended
     runs_dir = Path(checked.runs_dir).absolute()
     with ExitStack() as closing:
         cluster = address or _local_head(runs_dir, closing, stays=not follow)
