@@ -65,15 +65,14 @@ def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`stock`, except for the steps that verify drafts."""
 
     def selective_state_update(
-        state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *args: Any, **kwargs: Any
+        state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, **kwargs: Any
     ) -> Any:
         if kwargs.get("num_accepted_tokens") is None:
-            return stock(state, x, dt, A, B, C, D, *args, **kwargs)
-        assert not args
+            return stock(state, x, dt, A, B, C, D, dt_bias, **kwargs)
         assert kwargs["dt_softplus"]
         verify_update(
-            state, x, dt, A, B, C, D, kwargs["dt_bias"], kwargs["dst_state_batch_indices"], kwargs["num_accepted_tokens"],
-            kwargs["cu_seqlens"], kwargs["out"],
+            state, x, dt, A, B, C, D, dt_bias, kwargs["dst_state_batch_indices"], kwargs["num_accepted_tokens"], kwargs["cu_seqlens"],
+            kwargs["out"],
         )  # fmt: skip
         return kwargs["out"]
 

@@ -11,7 +11,11 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 
 def make_tiny_hybrid(out: Path, *, vocab_size: int = 128, seed: int = 0, scale: float = 1.0, n_group: int = 1) -> Path:
-    """`scale` multiplies the matrices: the larger, the sharper the random distributions."""
+    """`scale` multiplies the matrices: the larger, the sharper the random distributions.
+
+    Freshly initialised recurrent states fade within a token or two and hardly reach the output, so that an engine with wrong states
+    passes for right. Here they last for tens of tokens and weigh as much as the present one.
+    """
     torch.manual_seed(seed)
     d = 128
     config = NemotronHConfig(
@@ -22,7 +26,16 @@ def make_tiny_hybrid(out: Path, *, vocab_size: int = 128, seed: int = 0, scale: 
         moe_latent_size=64,
     )  # fmt: skip
     NemotronHForCausalLM(config).float().save_pretrained(out)
-    weights = {k: v * scale if v.dim() > 1 and "conv1d" not in k else v for k, v in load_file(out / "model.safetensors").items()}
+    weights = {k: v * scale if v.dim() > 1 else v for k, v in load_file(out / "model.safetensors").items()}
+    for name, w in weights.items():
+        if name.endswith(".A_log"):
+            weights[name] = torch.linspace(0.02, 0.3, len(w)).log()  # decay of a state per unit of time
+        elif name.endswith(".dt_bias"):
+            weights[name] = torch.zeros_like(w)  # a token takes softplus(0) = 0.7 units of time
+        elif name.endswith("mixer.D"):
+            weights[name] = 0.1 * torch.ones_like(w)  # the short cut past the state
+        elif name.endswith("conv1d.weight"):
+            weights[name] = 4 * w  # states grow with the square of it
 
     # Transformers neither builds nor saves the MTP layer.
     def random(*shape: int) -> torch.Tensor:

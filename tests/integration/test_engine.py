@@ -1,0 +1,302 @@
+"""A real vLLM engine with MTP on a random hybrid model: what it samples, what it says about it, and new weights in flight.
+
+One engine serves the whole module (a start costs some twenty seconds), in a thread with an event loop of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save
+from transformers import NemotronHForCausalLM
+
+from rl_core.config import RolloutConfig
+from rl_core.types import Completion, SamplingParams
+from rollout_workers.engine import PROBE_TOKENS, PROBES, Engine, EngineError, engine_arguments
+from tests.integration.tiny_hybrid import make_tiny_hybrid
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+T = TypeVar("T")
+VOCAB, STOP, DRAFTS = 128, 3, 2
+ROLLOUT = RolloutConfig(max_num_seqs=16, max_model_len=512, max_batched_tokens=1024, speculative_tokens=DRAFTS, kv_cache_gib=0.25)
+
+
+class Served:
+    """The engine, its checkpoint, and a way to await it from a test."""
+
+    def __init__(self, model: Path) -> None:
+        self.model, self.version = model, 0
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.engine = self.run(Engine.start(name="w0", model_path=str(model), dtype="float32", rollout=ROLLOUT, stop_ids=[STOP]))
+
+    def run(self, work: Awaitable[T], seconds: float = 300.0) -> T:
+        async def awaited() -> T:
+            return await work
+
+        return asyncio.run_coroutine_threadsafe(awaited(), self.loop).result(seconds)
+
+    def sample(self, prompts: Sequence[Sequence[int]], name: str, **params: Any) -> list[Completion]:
+        async def together() -> list[Completion]:
+            asked = SamplingParams(**({"max_tokens": 100} | params))
+            return await asyncio.gather(*(self.engine.sample(p, asked, request_id=f"{name}-{i}") for i, p in enumerate(prompts)))
+
+        return self.run(together())
+
+    def load(self, blob: NDArray[np.uint8]) -> Any:
+        self.version += 1
+        return self.run(self.engine.load_weights(self.version, blob))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    # Matrices three times their usual size: distributions are far from uniform, so that a wrong one shows.
+    made = Served(make_tiny_hybrid(tmp_path_factory.mktemp("tiny"), vocab_size=VOCAB, scale=3.0))
+    yield made
+    made.engine.shutdown()
+    made.loop.call_soon_threadsafe(made.loop.stop)
+
+
+def prompts(count: int, *, seed: int = 0, low: int = 2, high: int = 60) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, VOCAB, rng.integers(low, high)).tolist() for _ in range(count)]
+
+
+def distribution(model: NemotronHForCausalLM, c: Completion, temperature: float) -> NDArray[np.float64]:
+    """[T, V] logprobs at each sampled token, by a plain forward pass of Transformers."""
+    ids = torch.from_numpy(np.concatenate([c.prompt_ids, c.token_ids])).long()[None]
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(c.prompt_ids) - 1 : -1].double() / temperature
+    return torch.log_softmax(logits, -1).numpy()
+
+
+def of_sampled(logprobs: NDArray[np.float64], c: Completion) -> NDArray[np.float64]:
+    return logprobs[np.arange(len(c.token_ids)), c.token_ids]
+
+
+def checkpoint(served: Served, change: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, w: w) -> NDArray[np.uint8]:
+    """The checkpoint's bytes with changed tensors, as a learner would publish it."""
+    weights = {name: change(name, w).contiguous() for name, w in load_file(served.model / "model.safetensors").items()}
+    return np.frombuffer(save(weights), np.uint8)
+
+
+def reference(served: Served, blob: NDArray[np.uint8] | None = None, folder: Path | None = None) -> NemotronHForCausalLM:
+    path = served.model
+    if blob is not None:
+        assert folder is not None
+        (folder / "config.json").write_bytes((served.model / "config.json").read_bytes())
+        (folder / "model.safetensors").write_bytes(blob.tobytes())
+        path = folder
+    return NemotronHForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])
+def test_logprobs_under_speculation_are_those_of_a_plain_forward_pass(served: Served, temperature: float, top_p: float) -> None:
+    done = served.sample(prompts(12), f"t{temperature}p{top_p}", temperature=temperature, top_p=top_p)
+    assert sum(c.accepted for c in done) > 0, "no draft was accepted: nothing about speculation was tested"
+    assert any(c.accepted < c.drafted for c in done), "no draft was rejected: no roll-back was tested"
+    model = reference(served)
+    differences = []
+    for c in done:
+        truth = distribution(model, c, temperature)
+        if top_p < 1.0:
+            truth = nucleus(truth, top_p)
+        differences.append(np.abs(of_sampled(truth, c) - c.logprobs))
+    assert np.concatenate(differences).mean() < 1e-4
+    assert np.concatenate(differences).max() < 1e-2
+
+
+def nucleus(logprobs: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
+    """Renormalised over the smallest set of tokens that holds `top_p`."""
+    order = np.argsort(-logprobs, axis=1)
+    p = np.exp(np.take_along_axis(logprobs, order, 1))
+    kept = np.where(np.cumsum(p, 1) - p < top_p, p, 0.0)
+    out = np.full_like(logprobs, -np.inf)
+    with np.errstate(divide="ignore"):
+        np.put_along_axis(out, order, np.log(kept / kept.sum(1, keepdims=True)), 1)
+    return out
+
+
+def test_tokens_under_speculation_are_drawn_from_the_policys_distribution(served: Served) -> None:
+    """With p the policy's distribution at each place, log p(token) minus its expectation adds up to noise of a known size.
+
+    A wrong temperature leaves every reported logprob right and fails this by tens of standard deviations.
+    """
+    model, temperature = reference(served), 0.8
+    surplus, variance = 0.0, 0.0
+    for c in served.sample(prompts(64, seed=5), "drawn", temperature=temperature):
+        truth = distribution(model, c, temperature)
+        p = np.exp(truth)
+        mean = (p * truth).sum(1)
+        surplus += float((of_sampled(truth, c) - mean).sum())
+        variance += float(((p * truth**2).sum(1) - mean**2).sum())
+    assert variance > 100, "the distributions are nearly uniform: the test could not fail"
+    assert abs(surplus) < 5 * variance**0.5
+
+
+def test_steps_drafts_and_acceptances_add_up_to_the_tokens(served: Served) -> None:
+    for c in served.sample(prompts(12, seed=1), "sums"):
+        assert c.drafted <= DRAFTS * c.engine_steps
+        assert 0 <= c.accepted <= c.drafted
+        behind_the_stop = DRAFTS if c.finish_reason == "stop" else 0
+        assert c.engine_steps + c.accepted - behind_the_stop <= len(c.token_ids) <= c.engine_steps + c.accepted
+
+
+def test_a_completion_ends_with_the_stop_token_or_at_its_length(served: Served) -> None:
+    done = served.sample(prompts(32, seed=2), "ends", max_tokens=60)
+    assert {c.finish_reason for c in done} == {"stop", "length"}
+    for c in done:
+        if c.finish_reason == "stop":
+            assert c.token_ids[-1] == STOP
+            assert STOP not in c.token_ids[:-1]
+        else:
+            assert len(c.token_ids) == 60
+            assert STOP not in c.token_ids
+
+
+def test_greedy_tokens_are_the_policys_most_likely_ones(served: Served) -> None:
+    model = reference(served)
+    for c in served.sample(prompts(6, seed=3), "greedy", temperature=0.0, max_tokens=40):
+        truth = distribution(model, c, 1.0)
+        assert np.all(truth.max(1) - of_sampled(truth, c) < 1e-3)
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(served: Served) -> None:
+    prompt = prompts(1, seed=4)
+    first = served.sample(prompt, "s1", seed=11)[0]
+    again = served.sample(prompt, "s2", seed=11)[0]
+    other = served.sample(prompt, "s3", seed=12)[0]
+    assert first.token_ids.tolist() == again.token_ids.tolist()
+    assert first.token_ids.tolist() != other.token_ids.tolist()
+
+
+def test_logprobs_stay_true_up_to_the_longest_sequence(served: Served) -> None:
+    """Upstream once gave wrong ones near the length limit with MTP (vllm#38711)."""
+    limit = ROLLOUT.max_model_len
+    done = [c for c in served.sample(prompts(16, seed=6, low=limit - 45, high=limit - 5), "limit") if c.finish_reason == "length"]
+    assert done
+    model = reference(served)
+    for c in done:
+        assert len(c.prompt_ids) + len(c.token_ids) == limit
+        assert np.abs(of_sampled(distribution(model, c, 1.0), c) - c.logprobs).max() < 1e-3
+
+
+def test_a_prompt_without_room_to_answer_is_refused_in_a_sentence(served: Served) -> None:
+    with pytest.raises(ValueError, match=r"512 tokens leaves no room to answer: rollout.max_model_len is 512"):
+        served.sample([[5] * 512], "long")
+
+
+def test_reloading_unchanged_weights_keeps_greedy_output_and_the_probe_is_all_new(served: Served) -> None:
+    """Upstream once changed greedy output of this very architecture (vllm#48284)."""
+    asked = prompts(6, seed=7)
+    before = served.sample(asked, "before", temperature=0.0, max_tokens=60)
+    receipt = served.load(checkpoint(served))
+    after = served.sample(asked, "after", temperature=0.0, max_tokens=60)
+    assert [c.token_ids.tolist() for c in before] == [c.token_ids.tolist() for c in after]
+    for old, new in zip(before, after, strict=True):
+        assert np.array_equal(old.logprobs, new.logprobs)
+    assert (receipt.worker, receipt.version, len(receipt.probe)) == ("w0", served.version, PROBES)
+    assert receipt.pause_s > 0
+    for c in receipt.probe:
+        assert len(c.token_ids) == PROBE_TOKENS
+        assert c.drafted > 0, "the probe must be sampled with speculation on"
+        assert {s.version for s in c.spans} == {served.version}
+
+
+def test_new_weights_arrive_in_flight_whole_and_the_sequences_go_on(served: Served, tmp_path: Path) -> None:
+    """Every tensor is changed, one by one (a layerwise reload once lost `mixer.D`: prime-rl#2714)."""
+    generator = torch.Generator().manual_seed(3)
+
+    def shake(_: str, w: torch.Tensor) -> torch.Tensor:
+        return w * (1 + 0.2 * torch.rand(w.shape, generator=generator))
+
+    old, blob = served.version, checkpoint(served, shake)
+
+    async def load_amid_sampling() -> tuple[list[Completion], Any]:
+        params = SamplingParams(max_tokens=400)
+        asked = prompts(12, seed=8, high=30)
+        served.engine._stop_ids = []  # so that they run long enough
+        running = [asyncio.create_task(served.engine.sample(p, params, request_id=f"flight-{i}")) for i, p in enumerate(asked)]
+        await asyncio.sleep(1.5)
+        receipt = await served.engine.load_weights(old + 1, blob)
+        return await asyncio.gather(*running), receipt
+
+    try:
+        done, receipt = served.run(load_amid_sampling())
+    finally:
+        served.engine._stop_ids = [STOP]
+    served.version = old + 1
+    straddling = [c for c in done if len(c.spans) == 2]
+    assert straddling, "every sequence ended before the update: nothing was tested"
+    before, after = reference(served), reference(served, blob, tmp_path)
+    for c in straddling:
+        assert [s.version for s in c.spans] == [old, old + 1]
+        assert c.spans[0].start == 0
+        assert c.spans[0].stop == c.spans[1].start
+        assert c.spans[1].stop == len(c.token_ids) == 400
+        first = slice(0, c.spans[0].stop)
+        assert np.abs(of_sampled(distribution(before, c, 1.0), c) - c.logprobs)[first].max() < 1e-3
+    for c in receipt.probe:
+        assert np.abs(of_sampled(distribution(after, c, 1.0), c) - c.logprobs).max() < 1e-3
+        assert np.abs(of_sampled(distribution(before, c, 1.0), c) - c.logprobs).mean() > 0.01, "the change is too small to be seen"
+    served.load(checkpoint(served))
+
+
+def test_new_draft_weights_arrive_too(served: Served) -> None:
+    """With its output silenced the draft cannot guess; with its own weights back it guesses as before."""
+
+    def silent(name: str, w: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(w) if name == "mtp.layers.1.final_layernorm.weight" else w
+
+    asked = prompts(12, seed=9)
+
+    def share(name: str) -> float:
+        done = served.sample(asked, name, temperature=0.0)
+        return sum(c.accepted for c in done) / sum(c.drafted for c in done)
+
+    usual = share("usual")
+    served.load(checkpoint(served, silent))
+    silenced = share("silenced")
+    served.load(checkpoint(served))
+    assert share("again") == usual
+    assert silenced != usual
+
+
+def test_cancelling_a_sample_frees_its_place(served: Served) -> None:
+    async def cancel_all() -> list[Completion]:
+        params = SamplingParams(max_tokens=400)
+        hogs = [asyncio.create_task(served.engine.sample([5, 6], params, request_id=f"hog-{i}")) for i in range(3 * ROLLOUT.max_num_seqs)]
+        await asyncio.sleep(0.3)
+        for hog in hogs:
+            hog.cancel()
+        await asyncio.gather(*hogs, return_exceptions=True)
+        assert not served.engine._llm.output_processor.request_states, "cancelled requests are still there"
+        short = SamplingParams(max_tokens=5)
+        work = [served.engine.sample([7, 8], short, request_id=f"free-{i}") for i in range(ROLLOUT.max_num_seqs)]
+        return await asyncio.gather(*work)
+
+    assert len(served.run(cancel_all())) == ROLLOUT.max_num_seqs
+
+
+def test_a_checkpoint_without_mtp_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(EngineError, match=r"has no MTP layer to draft with.*rollout.speculative_tokens=0"):
+        engine_arguments(str(tmp_path), "float32", ROLLOUT, 0)
+
+
+def test_shutdown_leaves_no_process(served: Served) -> None:
+    """Last: it ends the module's engine."""
+    processes = list(served.engine._processes)
+    assert processes
+    served.engine.shutdown()
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

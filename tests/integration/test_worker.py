@@ -1,0 +1,163 @@
+"""The pool on real Ray, a real engine and the shipped seed model: groups, publication, and a worker that is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from environments.registry import resolve
+from rl_core.config import RunConfig, parse_config
+from rl_core.seams import GroupResult
+from rl_core.types import EpisodeSpec, Group, SamplingParams, Status, Task
+from rollout_workers.pool import Pool
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+T = TypeVar("T")
+SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
+GROUP_SIZE = 4
+
+
+class Running:
+    """A pool, and a way to await it from a test."""
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.pool: Pool = self.run(Pool.start(config, run_dir=run_dir))
+
+    def run(self, work: Awaitable[T], seconds: float = 600.0) -> T:
+        async def awaited() -> T:
+            return await work
+
+        return asyncio.run_coroutine_threadsafe(awaited(), self.loop).result(seconds)
+
+    def spec(self, env: str, **sampling: Any) -> EpisodeSpec:
+        e = self.config.environments[env]
+        params = SamplingParams(**({"max_tokens": e.max_tokens} | sampling))
+        return EpisodeSpec(
+            group_size=GROUP_SIZE, sampling=params, max_turns=e.max_turns, max_total_tokens=e.max_total_tokens, timeout_s=e.timeout_s
+        )
+
+    def groups(self, env: str, count: int, name: str, **sampling: Any) -> list[GroupResult]:
+        async def together() -> list[GroupResult]:
+            spec = self.spec(env, **sampling)
+            return await asyncio.gather(*(self.pool.run_group(f"{name}-{i}", t, spec) for i, t in enumerate(tasks(env, count))))
+
+        return self.run(together())
+
+
+def tasks(env: str, count: int) -> list[Task]:
+    return list(islice(resolve(env).tasks("train", 0, {}), count))
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    if not (SEED_MODEL / "config.json").is_file():
+        pytest.skip("no seed checkpoint in configs/models/seed; make one with `polyrl model seed`")
+    rollout = {"max_num_seqs": 16, "max_model_len": 768, "max_batched_tokens": 1024, "kv_cache_gib": 0.25, "speculative_tokens": 2}
+    environments = {"math": {"max_total_tokens": 300}, "tools": {"max_turns": 5, "max_total_tokens": 768}}
+    config = parse_config({"model": {"path": str(SEED_MODEL)}, "environments": environments, "rollout": rollout})
+    ray.init(address="local", num_cpus=8, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+    made = Running(config, tmp_path_factory.mktemp("run"))
+    yield made
+    made.run(made.pool.aclose())
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("env", ["math", "tools"])
+def test_a_group_is_scored_and_its_summary_tells_the_truth(running: Running, env: str) -> None:
+    for result in running.groups(env, 3, f"scored-{env}"):
+        group: Group = ray.get(result.ref)
+        assert (group.id, group.task.env, result.env, len(group.rollouts)) == (result.group_id, env, env, GROUP_SIZE)
+        assert set(result.statuses) <= {Status.OK.value, Status.INVALID_OUTPUT.value}
+        assert result.rewards == tuple(r.verdict.reward for r in group.trainable)
+        assert result.has_signal == (len(set(result.rewards)) > 1)
+        assert result.sampled_tokens == sum(len(c.token_ids) for r in group.rollouts for c in r.completions) > 0
+        assert (result.min_version, result.max_version) == (0, 0)
+        assert 0 <= result.accepted <= result.drafted
+        assert result.drafted > 0
+
+
+def test_every_turns_prompt_extends_the_ids_before_it(running: Running) -> None:
+    turns = 0
+    for result in running.groups("tools", 3, "extends"):
+        for rollout in ray.get(result.ref).rollouts:
+            for before, after in zip(rollout.completions, rollout.completions[1:], strict=False):
+                known = [*before.prompt_ids, *before.token_ids]
+                assert after.prompt_ids[: len(known)].tolist() == known
+                turns += 1
+    assert turns > 0, "no episode had a second turn: nothing was tested"
+
+
+def test_rollouts_of_a_group_have_dice_of_their_own_and_fixed_dice_repeat(running: Running) -> None:
+    def sampled(name: str) -> list[list[int]]:
+        (result,) = running.groups("math", 1, name, seed=5)
+        return [r.completions[0].token_ids.tolist() for r in ray.get(result.ref).rollouts]
+
+    first = sampled("dice-1")
+    assert len({tuple(ids) for ids in first}) > 1
+    assert sampled("dice-2") == first
+
+
+def test_an_episode_of_a_broken_environment_is_masked_and_not_a_zero(running: Running) -> None:
+    (task,) = tasks("math", 1)
+    broken = Task(env="math", key="broken", split="train", seed=task.seed, public={}, private={})
+    result = running.run(running.pool.run_group("broken", broken, running.spec("math")))
+    assert set(result.statuses) <= {Status.INFRA_ERROR.value, Status.VERIFIER_ERROR.value}
+    assert (result.num_trainable, result.rewards, result.has_signal) == (0, (), False)
+    assert all(r.id.endswith("r") for r in ray.get(result.ref).rollouts), "each is tried twice"
+
+
+def test_published_weights_are_proved_and_stamped_on_the_tokens_after(running: Running) -> None:
+    blob = np.fromfile(SEED_MODEL / "model.safetensors", np.uint8)
+    (receipt,) = running.run(running.pool.load_weights(7, ray.put(blob)))
+    assert (receipt.worker, receipt.version, receipt.num_bytes) == ("w0", 7, blob.nbytes)
+    assert {s.version for c in receipt.probe for s in c.spans} == {7}
+    assert [(r.min_version, r.max_version) for r in running.groups("math", 2, "stamped")] == [(7, 7)] * 2
+
+
+def test_groups_outlive_a_killed_worker_which_comes_back_under_the_newest_weights(running: Running) -> None:
+    blob = np.fromfile(SEED_MODEL / "model.safetensors", np.uint8)
+    running.run(running.pool.load_weights(8, ray.put(blob)))
+    (kept,) = running.groups("math", 1, "kept")
+    engines = engine_processes()
+
+    async def kill_amid_work() -> list[GroupResult]:
+        spec = running.spec("math")
+        work = [asyncio.create_task(running.pool.run_group(f"killed-{i}", t, spec)) for i, t in enumerate(tasks("math", 8))]
+        await asyncio.sleep(0.2)
+        ray.kill(running.pool._places[0].actor)
+        return await asyncio.gather(*work)
+
+    results = running.run(kill_amid_work())
+    assert sorted(r.group_id for r in results) == sorted(f"killed-{i}" for i in range(8))
+    assert {(r.min_version, r.max_version) for r in results} <= {(8, 8)}, "a restarted worker must not serve its first weights"
+    assert running.pool._places[0].restarts == 1
+    assert isinstance(ray.get(kept.ref), Group), "a finished group must not go with the worker that made it"
+    psutil.wait_procs(engines, timeout=20)
+    assert not [p for p in engines if p.is_running()], "the killed worker left its engine behind"
+
+
+def test_closing_the_pool_leaves_no_engine(running: Running) -> None:
+    """Last: it ends the module's pool."""
+    engines = engine_processes()
+    assert engines
+    running.run(running.pool.aclose())
+    psutil.wait_procs(engines, timeout=20)
+    assert not [p for p in engines if p.is_running()]
+
+
+def engine_processes() -> list[psutil.Process]:
+    """The engine processes below this test's own Ray."""
+    return [p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
