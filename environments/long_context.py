@@ -15,6 +15,7 @@ are drawn per task and cannot be guessed. No space stands before a key, so that 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import pairwise
@@ -110,6 +111,22 @@ class LongContextEnv(TextEnv):
         private = self.task.private
         thought = "\n".join(private["quotes"]) if shows_working(self.knobs, rng) else ""
         return Turn(thought=thought, content=" ".join(private["answers"]))
+
+    def other_questions(self) -> list[tuple[str, Turn]]:
+        """What else could be asked about the document, each with the oracle's turn, working shown: only for demonstrations.
+
+        A long document costs the same to read for one question as for all of them.
+        """
+        assert self.task is not None
+        asked = set(self.task.public["question"].split())
+        found = []
+        for group in self.task.public["groups"]:
+            aliases = [line for line in group if "->" in line]
+            quotes = [*aliases, group[-1]]
+            question = re.split(r"->|=| now=", quotes[0])[0] + "?"
+            if question not in asked:
+                found.append((question, Turn(thought="\n".join(quotes), content=group[-1].rpartition("=")[2])))
+        return found
 
     def _verdict(self, given: list[str], wanted: list[str], malformed: str) -> Verdict:
         formed = len(given) == len(wanted) and all(word == NONE or (word.isascii() and word.isdigit()) for word in given)

@@ -39,9 +39,9 @@ def _short(working: float) -> tuple[Course, ...]:
     )
 
 
-def _documents(share: float, low: int, high: int, *, working: float = LEARN) -> Course:
+def _documents(share: float, low: int, high: int, *, follow_ups: int = 0, working: float = LEARN) -> Course:
     options = {**OPTIONS["long_context"], "min_tokens": low, "max_tokens": high}
-    return Course(env="long_context", share=share, working=working, options=options)
+    return Course(env="long_context", share=share, working=working, options=options, follow_ups=follow_ups)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +53,13 @@ class Phase:
 
 
 PHASES = (
-    Phase(until=0.45, courses=(*_short(LEARN), _documents(0.45, 32, 128))),
-    Phase(until=0.65, courses=(*_short(LEARN), _documents(0.45, 64, 512))),
-    Phase(until=0.85, courses=(*_short(LEARN), _documents(0.75, 128, 4096))),
-    Phase(until=1.0, courses=(*_short(SETTLE), _documents(0.75, 512, 4096, working=SETTLE))),
+    Phase(until=0.25, courses=(*_short(LEARN), _documents(0.60, 32, 128))),
+    Phase(until=0.45, courses=(*_short(LEARN), _documents(0.75, 64, 512, follow_ups=8))),
+    Phase(until=0.80, courses=(*_short(LEARN), _documents(1.20, 256, 4096, follow_ups=16))),
+    Phase(until=1.0, courses=(*_short(SETTLE), _documents(1.00, 512, 4096, follow_ups=16, working=SETTLE))),
 )
-"""Retrieval is learned soonest from many tiny documents with one question each, and then carries over to long ones."""
+"""Retrieval is learned soonest from many tiny documents with one question each. It does not carry over to long ones by itself: those
+take many questions each, or the few tokens that teach drown in the thousands that are only read."""
 
 FINAL = (*_short(SETTLE), _documents(1.0, 1024, 4096, working=SETTLE))
 """What is measured at the end: the environments as a run meets them."""

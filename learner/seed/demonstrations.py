@@ -31,6 +31,8 @@ class Course:
     working: float  # probability of the working style
     options: Mapping[str, Any] = field(default_factory=dict)
     max_turns: int = 1
+    follow_ups: int = 0
+    """More questions about the same task, at most, asked after its end: for environments that have `other_questions`."""
 
 
 class Transcriber(Protocol):
@@ -54,8 +56,10 @@ class Demonstration:
         return len(self.token_ids)
 
 
-def play(env: TextEnv, task: Task, chat: Transcriber, rng: random.Random, *, max_turns: int) -> Demonstration:
+def play(env: TextEnv, task: Task, chat: Transcriber, rng: random.Random, *, max_turns: int, follow_ups: int = 0) -> Demonstration:
     """Let the oracle play one episode. The last of `max_turns` turns is not acted out: no program needs to run to be imitated.
+
+    `follow_ups` more questions are then asked in the same conversation, in random order, as far as the environment has them.
 
     Raises ValueError if the oracle did not earn the full reward: what is imitated must be right.
     """
@@ -79,6 +83,13 @@ def play(env: TextEnv, task: Task, chat: Transcriber, rng: random.Random, *, max
             break
         observation = result
         ids = chat.extend(ids, observation.messages)
+    if follow_ups:
+        others = env.other_questions()  # type: ignore[attr-defined]
+        for question, turn in rng.sample(others, min(follow_ups, len(others))):
+            ids = chat.extend(ids, [Message(role="user", content=question)])
+            answer = chat.assistant(turn)
+            sampled.append((len(ids), len(ids) + len(answer)))
+            ids += answer
     mask = np.zeros(len(ids), bool)
     for start, stop in sampled:
         mask[start:stop] = True
@@ -93,7 +104,7 @@ def demonstrations(
     env = cls(**options)
     try:
         for task in cls.tasks(split, seed, options):
-            yield play(env, task, chat, random.Random(f"{seed} {task.key}"), max_turns=course.max_turns)
+            yield play(env, task, chat, random.Random(f"{seed} {task.key}"), max_turns=course.max_turns, follow_ups=course.follow_ups)
     finally:
         env.close()
 
