@@ -128,7 +128,7 @@ def config_check(config: Annotated[Path, typer.Argument(metavar="CONFIG")], over
 def model_seed(
     out: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")] = Path("configs/models/seed"),
     seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Supervised steps.")] = 6000,
+    steps: Annotated[int, typer.Option(min=1, help="Supervised steps.")] = 2200,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
     """Train the small hybrid model from nothing, on demonstrations by the environments' oracles."""

@@ -35,7 +35,7 @@ def _short(working: float) -> tuple[Course, ...]:
     return (
         Course(env="math", share=0.30, working=working, options=OPTIONS["math"]),
         Course(env="code", share=0.20, working=working, options=OPTIONS["code"]),
-        Course(env="tools", share=0.25, working=working, options=OPTIONS["tools"], max_turns=6),
+        Course(env="tools", share=0.45, working=working, options=OPTIONS["tools"], max_turns=6),
     )
 
 
@@ -55,8 +55,8 @@ class Phase:
 PHASES = (
     Phase(until=0.25, courses=(*_short(LEARN), _documents(0.60, 32, 128))),
     Phase(until=0.45, courses=(*_short(LEARN), _documents(0.75, 64, 512, follow_ups=8))),
-    Phase(until=0.80, courses=(*_short(LEARN), _documents(1.20, 256, 4096, follow_ups=16))),
-    Phase(until=1.0, courses=(*_short(SETTLE), _documents(1.00, 512, 4096, follow_ups=16, working=SETTLE))),
+    Phase(until=0.80, courses=(*_short(LEARN), _documents(1.10, 256, 4096, follow_ups=16))),
+    Phase(until=1.0, courses=(*_short(SETTLE), _documents(0.90, 512, 4096, follow_ups=16, working=SETTLE))),
 )
 """Retrieval is learned soonest from many tiny documents with one question each. It does not carry over to long ones by itself: those
 take many questions each, or the few tokens that teach drown in the thousands that are only read."""

@@ -1,6 +1,6 @@
 """Train the seed policy from nothing: tokenizer, supervised steps on demonstrations, MTP head beside the policy, checkpoint.
 
-    train_seed("configs/models/seed", seed=0, steps=6000)
+    train_seed("configs/models/seed", seed=0, steps=2200)
 
 The MTP head learns from detached hidden states and a frozen LM head, so that it follows the policy and does not steer it.
 Everything random comes from `seed`; on the same machine and versions, the same arguments give the same weights.
@@ -56,7 +56,7 @@ def train_seed(
     out: str | Path,
     *,
     seed: int = 0,
-    steps: int = 6000,
+    steps: int = 2200,
     step_tokens: int = 3072,
     threads: int = 1,
     measure_every: int = 1000,
