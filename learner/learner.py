@@ -85,7 +85,9 @@ class Learner:
         num_tokens, num_mtp = num_loss_tokens(rows), num_mtp_tokens(rows)
         if not num_tokens:
             raise ValueError(f"{len(groups)} groups without a single token to train; the loop must leave out groups that do not train")
-        plan = microbatches(rows, envs=self.envs, max_tokens=self.config.microbatch_tokens, num_ranks=self.world_size)
+        plan = microbatches(
+            rows, envs=self.envs, max_tokens=self.config.microbatch_tokens, num_ranks=self.world_size, share_prefixes=self.model.is_hybrid
+        )
         sums = torch.zeros(len(self.envs), len(Sum), dtype=torch.float64, device=self.device)
         mine = plan[self.rank]
         for index, microbatch in enumerate(mine):
@@ -98,6 +100,7 @@ class Learner:
         metrics = loss_metrics(sums.cpu().numpy(), self.envs, mtp_weight=self.config.mtp_loss_weight if num_mtp else 0.0) | staleness
         everything = [m for rank in plan for m in rank]
         metrics["learner/real_tokens"] = float(sum(m.num_tokens for m in everything))
+        metrics["learner/shared_tokens"] = float(sum(m.num_shared for m in everything))
         metrics["learner/padded_tokens"] = float(sum(m.num_padded for m in everything))
         metrics["learner/microbatches"] = float(len(mine))
         metrics["learner/accumulate_s"] = time.monotonic() - began
@@ -203,6 +206,7 @@ class Learner:
             return torch.from_numpy(array).to(self.device)
 
         return Batch(
+            prefix_ids=tensor(microbatch.prefix_ids.astype(np.int64)),
             token_ids=tensor(microbatch.token_ids.astype(np.int64)),
             loss_mask=tensor(microbatch.loss_mask),
             logprobs=tensor(microbatch.logprobs),

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from learner.norm import at_least_float32, rms_norm
+from learner.shared_prefix import Shared
 
 CHUNK = 32
 """Positions per chunk, Q. The result does not depend on it; the decay costs L*H*Q and the states L*H*P*N/Q."""
@@ -44,11 +45,14 @@ NEGLIGIBLE = -50.0
 """Log decays stop here (2e-22, lost in any sum): denormal numbers and exponentials of -inf are ten times slower than others."""
 
 
-def chunked_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """Run the recurrence above over whole sequences, from a zero state, and add the skip d x.
+def chunked_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *, start: Tensor | None = None, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence above over whole sequences, from state `start` or from zero, and add the skip d x.
 
     x [B, L, H, P] inputs; dt [B, L, H] positive time steps; a [H] negative decay rates; b, c [B, L, G, N] with G
-    dividing H; d [H] skip weights. Returns y [B, L, H, P]. L needs not be a multiple of `chunk`.
+    dividing H; d [H] skip weights. L needs not be a multiple of `chunk`. Returns y [B, L, H, P] and the state after the last
+    position, [B, G, N, H / G * P]; `start` has the same shape.
     """
     batch, length, heads, width = x.shape
     groups, states = b.shape[2:]
@@ -59,41 +63,45 @@ def chunked_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tens
         u, b, c = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (u, b, c))
         decay = F.pad(decay, (0, 0, 0, pad))
     chunked = (batch, (length + pad) // chunk, chunk, groups)
-    y: Tensor = _Scan.apply(  # type: ignore[no-untyped-call]
+    if start is None:
+        start = u.new_zeros(batch, groups, states, heads // groups * width)
+    y, end = _Scan.apply(  # type: ignore[no-untyped-call]
         u.reshape(*chunked, heads // groups, width),
         decay.reshape(*chunked, heads // groups),
         b.reshape(*chunked, states),
         c.reshape(*chunked, states),
+        start,
     )
-    return torch.addcmul(y.view(batch, length + pad, heads, width)[:, :length], x, d.unsqueeze(-1))
+    return torch.addcmul(y.view(batch, length + pad, heads, width)[:, :length], x, d.unsqueeze(-1)), end
 
 
 class _Scan(torch.autograd.Function):
     """The recurrence over chunked arrays. B: batch, c: chunk, q: position in the chunk, g: group, h: head of the group.
 
-    u [B, c, q, g, h, P], decay [B, c, q, g, h], b and c [B, c, q, g, N]; returns y like u.
+    u [B, c, q, g, h, P], decay [B, c, q, g, h], b and c [B, c, q, g, N], start [B, g, N, h * P]; returns y like u, end like start.
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, u: Tensor, decay: Tensor, b: Tensor, c: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         total = decay.cumsum(2)  # within the chunk
-        states = _travel(_contract(b, u, _decay(total[:, :, -1:] - total)), _decay(total[:, :, -1]))
+        states, end = _travel(_contract(b, u, _decay(total[:, :, -1:] - total)), _decay(total[:, :, -1]), start)
         y = _expand(c, states, _decay(total), like=u)
         for at, mask, scores in _blocks(total, b, c):
             inputs = u.flatten(0, 1)[at].permute(0, 2, 3, 1, 4)  # [n, g, h, q, P]
             y.flatten(0, 1)[at] += (mask.mul_(scores.unsqueeze(2)) @ inputs).permute(0, 3, 1, 2, 4)
-        ctx.save_for_backward(u, total, b, c, states, y)
-        return y
+        ctx.save_for_backward(u, total, b, c, states, y, end)
+        return y, end
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
-        u, total, b, c, states, y = ctx.saved_tensors
+    def backward(ctx: Any, gy: Tensor, gend: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+        u, total, b, c, states, y, end = ctx.saved_tensors
         gy = gy.contiguous()
         from_start = _decay(total)
         to_end = _decay(total[:, :, -1:] - total)
         # The gradient of each chunk's last state travels backwards as the states travel forwards.
-        gstates = _travel(_contract(c, gy, from_start).flip(1), _decay(total[:, :, -1]).flip(1)).flip(1)
+        gstates, gstart = _travel(_contract(c, gy, from_start).flip(1), _decay(total[:, :, -1]).flip(1), gend)
+        gstates = gstates.flip(1)
         gu = _expand(b, gstates, to_end, like=u)
         gb = _match(u, to_end, gstates)
         gc = _match(gy, from_start, states)
@@ -105,8 +113,9 @@ class _Scan(torch.autograd.Function):
             gc.flatten(0, 1)[at] += (gscores @ b.flatten(0, 1)[at].transpose(1, 2)).transpose(1, 2)
             gb.flatten(0, 1)[at] += (gscores.transpose(-1, -2) @ c.flatten(0, 1)[at].transpose(1, 2)).transpose(1, 2)
         gtotal = (torch.linalg.vecdot(gy, y) - torch.linalg.vecdot(u, gu)).flatten(1, 2)  # over the whole sequence
+        gtotal[:, -1] += (gend * end).unflatten(-1, (u.shape[-2], -1)).sum((2, 4))
         gdecay = gtotal.flip(1).cumsum(1).flip(1).view_as(total)
-        return gu, gdecay, gb, gc
+        return gu, gdecay, gb, gc, gstart
 
 
 def _decay(log: Tensor) -> Tensor:
@@ -145,14 +154,22 @@ def _match(values: Tensor, scale: Tensor, states: Tensor) -> Tensor:
     return (scaled.transpose(2, 3) @ states.transpose(-1, -2)).transpose(2, 3).contiguous()
 
 
-def _travel(added: Tensor, decay: Tensor) -> Tensor:
-    """The state at the start of every chunk: added [B, c, g, N, h * P], decay over each chunk [B, c, g, h] -> like added."""
-    out = torch.zeros_like(added)
+def _travel(added: Tensor, decay: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The state at the start of every chunk, and after the last one.
+
+    added [B, c, g, N, h * P], decay over each chunk [B, c, g, h], start [B, g, N, h * P] -> like added, like start.
+    """
+    out, end = (
+        torch.empty_like(added, memory_format=torch.contiguous_format),
+        torch.empty_like(start, memory_format=torch.contiguous_format),
+    )
     per_head = added.unflatten(-1, (decay.shape[-1], -1))
     state = out.unflatten(-1, (decay.shape[-1], -1))  # [B, c, g, N, h, P], a view of out
-    for i in range(1, added.shape[1]):
-        torch.addcmul(per_head[:, i - 1], state[:, i - 1], decay[:, i - 1].unsqueeze(2).unsqueeze(-1), out=state[:, i])
-    return out
+    out[:, 0] = start
+    for i in range(added.shape[1]):
+        after = state[:, i + 1] if i + 1 < added.shape[1] else end.unflatten(-1, (decay.shape[-1], -1))
+        torch.addcmul(per_head[:, i], state[:, i], decay[:, i].unsqueeze(2).unsqueeze(-1), out=after)
+    return out, end
 
 
 class _ConvSilu(torch.autograd.Function):
@@ -214,27 +231,46 @@ def _conv_forward(self: nn.Conv1d, x: Tensor) -> Tensor:
 
 
 def _mixer_forward(
-    self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    self: Any,
+    hidden_states: Tensor,
+    cache_params: Any = None,
+    attention_mask: Tensor | None = None,
+    shared: Shared | None = None,
+    **kwargs: Any,
 ) -> Tensor:
-    """NemotronHMamba2Mixer.forward for whole, right-padded sequences; hidden_states [B, L, D]."""
+    """NemotronHMamba2Mixer.forward for whole, right-padded sequences, or rows behind a shared prefix; hidden_states [B, L, D]."""
     if cache_params is not None or attention_mask is not None:
         raise ValueError(
             "this Mamba-2 layer was made fast for training: it wants whole right-padded sequences, without a cache or a mask; "
             "generate with the engine, or with a copy loaded by Transformers"
         )
-    batch, length, _ = hidden_states.shape
-    shared = self.n_groups * self.ssm_state_size
     gate, conv_in, dt = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-    x, b, c = at_least_float32(self.conv1d(conv_in)).split([self.intermediate_size, shared, shared], dim=-1)
-    y = chunked_scan(
-        x.view(batch, length, self.num_heads, self.head_dim),
-        F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias)),
-        -torch.exp(at_least_float32(self.A_log)),
-        b.view(batch, length, self.n_groups, self.ssm_state_size),
-        c.view(batch, length, self.n_groups, self.ssm_state_size),
-        at_least_float32(self.D),
+    if shared is None:
+        y, _ = _convolved_scan(self, self.conv1d(conv_in), dt)
+    else:
+        (first, rest), (dt_first, dt_rest) = shared.split(conv_in), shared.split(dt)
+        seen = self.conv_kernel_size - 1  # positions that the convolution looks back
+        y_first, state = _convolved_scan(self, self.conv1d(first), dt_first)
+        behind = self.conv1d(torch.cat([shared.before_each_row(first[:, -seen:]), rest], dim=1))[:, seen:]
+        y_rest, _ = _convolved_scan(self, behind, dt_rest, shared.before_each_row(state))
+        y = shared.join(y_first, y_rest)
+    return self.out_proj(self.norm(y, gate).to(hidden_states.dtype))
+
+
+def _convolved_scan(mixer: Any, convolved: Tensor, dt: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """convolved [B, L, C], dt [B, L, H] as projected -> y [B, L, H * P] and the last state."""
+    keys = mixer.n_groups * mixer.ssm_state_size
+    x, b, c = at_least_float32(convolved).split([mixer.intermediate_size, keys, keys], dim=-1)
+    y, end = chunked_scan(
+        x.unflatten(-1, (mixer.num_heads, mixer.head_dim)),
+        F.softplus(at_least_float32(dt) + at_least_float32(mixer.dt_bias)),
+        -torch.exp(at_least_float32(mixer.A_log)),
+        b.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)),
+        c.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)),
+        at_least_float32(mixer.D),
+        start=start,
     )
-    return self.out_proj(self.norm(y.reshape(batch, length, -1), gate).to(hidden_states.dtype))
+    return y.flatten(-2), end
 
 
 def install(mixer: nn.Module) -> None:

@@ -23,9 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from learner import mamba_scan, moe, norm
+from learner import mamba_scan, moe, norm, shared_prefix
 from learner.mtp import MTPHead
 from learner.norm import at_least_float32
+from learner.shared_prefix import Shared
 from learner.token_logprobs import head_logprobs
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -88,13 +89,29 @@ class PolicyModel(nn.Module):
             if self.gradient_checkpointing and not self.lm.is_gradient_checkpointing:
                 self.lm.gradient_checkpointing_enable({"use_reentrant": False})
             return self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self._trunk(input_ids, None)
+
+    def behind_prefix(self, prefix_ids: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states of right-padded rows [B, S] that all continue one prefix [P], which is computed once. Hybrids only.
+
+        Returns [P, D] and [B, S, D], what `forward` gives for the rows with the prefix before each. P must be at least the
+        convolution's look-back (3 for a kernel of 4).
+        """
+        if not self.is_hybrid:
+            raise ValueError(f"{type(self.lm).__name__} cannot share a prefix; only the NemotronH hybrid can (`is_hybrid`)")
+        shared = Shared(len(prefix_ids), len(input_ids))
+        prefix, rows = shared.split(self._trunk(shared.join(prefix_ids[None], input_ids), shared))
+        return prefix[0], rows
+
+    def _trunk(self, input_ids: Tensor, shared: Shared | None) -> Tensor:
         trunk = self.lm.model
         hidden = trunk.embeddings(input_ids)
+        layout = {} if shared is None else {"shared": shared}
         for block in trunk.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, use_reentrant=False)
+                hidden = checkpoint(block, hidden, use_reentrant=False, **layout)
             else:
-                hidden = block(hidden)
+                hidden = block(hidden, **layout)
         return trunk.norm_f(hidden)
 
     def logits(self, hidden: Tensor, *, frozen_head: bool = False) -> Tensor:
@@ -124,16 +141,22 @@ class PolicyModel(nn.Module):
         logprobs, entropy = self.lm.get_output_embeddings()(flat, frozen=frozen_head, targets=ids, temperature=scale, rows=chunk)
         return logprobs.view(targets.shape), entropy.view(targets.shape)
 
-    def mtp_hidden(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+    def mtp_hidden(self, hidden: Tensor, input_ids: Tensor, *, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Hidden states of the MTP head: [B, L, D] and ids [B, L] -> [B, L-1, D]; position t predicts token t+2.
 
         Pass `hidden` detached, and the result to `logits` or `token_logprobs` with `frozen_head=True`: then the MTP loss
-        trains the MTP head alone. The shared embedding is detached here.
+        trains the MTP head alone. The shared embedding is detached here. `prefix`: hidden states [P, D] (detached) and ids [P] of
+        what stands before every row; the rows must begin with the same token.
         """
         if self.mtp is None:
             raise ValueError("this model has no MTP head; ask `has_mtp` first")
-        embedded = self.lm.get_input_embeddings()(input_ids[:, 1:]).detach()
-        return self.mtp(hidden[:, :-1], embedded)
+        embed = self.lm.get_input_embeddings()
+        if prefix is None:
+            return self.mtp(hidden[:, :-1], embed(input_ids[:, 1:]).detach())
+        before, before_ids = prefix
+        shared = Shared(len(before), len(hidden))
+        next_ids = shared.join(torch.cat([before_ids[1:], input_ids[0, :1]])[None], input_ids[:, 1:])
+        return shared.split(self.mtp(shared.join(before[None], hidden[:, :-1]), embed(next_ids).detach(), shared))[1]
 
     def router_parameters(self) -> list[nn.Parameter]:
         """Weights that choose experts. Frozen in RL by default, so that learner and engine keep routing alike."""
@@ -224,6 +247,8 @@ def _install_fast_paths(lm: Any) -> None:
         norm.install(block.norm)
         if block.block_type == "linear_attention":
             mamba_scan.install(block.mixer)
+        elif block.block_type == "full_attention":
+            shared_prefix.install(block.mixer)
         elif block.block_type == "moe":
             moe.install(block.mixer)
 

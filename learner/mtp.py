@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttention, NemotronHMoE, NemotronHRMSNorm
 
-from learner import moe, norm
+from learner import moe, norm, shared_prefix
+from learner.shared_prefix import Shared
 
 
 class MTPLayer(nn.Module):
@@ -35,6 +36,7 @@ class MTPLayer(nn.Module):
         self.norm = NemotronHRMSNorm(size, eps=eps)
         if kinds[index] == "full_attention":
             self.mixer = NemotronHAttention(config, layer_idx=config.num_hidden_layers + index)
+            shared_prefix.install(self.mixer)
         elif kinds[index] == "moe":
             self.mixer = NemotronHMoE(config)
             moe.install(self.mixer)
@@ -46,10 +48,11 @@ class MTPLayer(nn.Module):
             if isinstance(child, NemotronHRMSNorm):
                 norm.install(child)
 
-    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: Tensor, shared: Shared | None = None) -> Tensor:
         if hasattr(self, "eh_proj"):
             hidden = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
-        out: Any = self.mixer(self.norm(hidden))
+        layout = {"shared": shared} if isinstance(self.mixer, NemotronHAttention) else {}
+        out: Any = self.mixer(self.norm(hidden), **layout)
         hidden = hidden + (out[0] if isinstance(out, tuple) else out)
         return self.final_layernorm(hidden) if hasattr(self, "final_layernorm") else hidden
 
@@ -76,8 +79,11 @@ class MTPHead(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """hidden [B, L, D] at positions t, embedded [B, L, D] of tokens t+1; returns [B, L, D], to predict tokens t+2."""
+    def forward(self, hidden: Tensor, embedded: Tensor, shared: Shared | None = None) -> Tensor:
+        """hidden [B, L, D] at positions t, embedded [B, L, D] of tokens t+1; returns [B, L, D], to predict tokens t+2.
+
+        With `shared` they are packed, [1, N, D].
+        """
         for layer in self.layers:
-            hidden = layer(hidden, embedded)
+            hidden = layer(hidden, embedded, shared)
         return hidden

@@ -42,6 +42,7 @@ class Sum(IntEnum):
 class Batch:
     """A `Microbatch` on the device."""
 
+    prefix_ids: Tensor  # [P] int64, before every row; often empty
     token_ids: Tensor  # [B, L] int64
     loss_mask: Tensor  # [B, L] bool
     logprobs: Tensor  # [B, L] behaviour, nats
@@ -61,11 +62,16 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, num_loss_tokens: int, num_mtp_tokens: int) -> tuple[Tensor, Tensor]:
         """(this microbatch's share of the loss, its sums [num_envs, len(Sum)]). Shares of all microbatches and ranks add up to the loss."""
         inputs = batch.token_ids[:, :-1]
-        hidden = self.model(inputs)
+        prefix = None
+        if len(batch.prefix_ids):
+            before, hidden = self.model.behind_prefix(batch.prefix_ids, inputs)
+            prefix = before.detach(), batch.prefix_ids
+        else:
+            hidden = self.model(inputs)
         loss, sums = self._policy(batch, hidden)
         loss = loss / max(num_loss_tokens, 1)
         if self.trains_mtp:
-            mtp_loss, mtp_sums = self._mtp(batch, inputs, hidden.detach())
+            mtp_loss, mtp_sums = self._mtp(batch, inputs, hidden.detach(), prefix)
             loss = loss + self.config.mtp_loss_weight * mtp_loss / max(num_mtp_tokens, 1)
             sums = sums + mtp_sums
         return loss, sums
@@ -104,13 +110,13 @@ class Objective(nn.Module):
         )
         return result.loss.sum(), sums
 
-    def _mtp(self, batch: Batch, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _mtp(self, batch: Batch, inputs: Tensor, hidden: Tensor, prefix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the MTP head on the policy's own tokens. `hidden` is detached and the LM head frozen: the trunk gets nothing.
 
         Position t sees hidden t and token t + 1, and predicts token t + 2, as in the engine's draft.
         """
         rows, columns = batch.loss_mask[:, 2:].nonzero(as_tuple=True)
-        drafted = self.model.mtp_hidden(hidden, inputs)  # [B, L - 2, D]
+        drafted = self.model.mtp_hidden(hidden, inputs, prefix=prefix)  # [B, L - 2, D]
         targets = batch.token_ids[rows, columns + 2]
         logprobs, _ = self.model.token_logprobs(drafted[rows, columns], targets, 1.0, frozen_head=True)
         sums = self._sums(batch.envs[rows], {Sum.MTP_TOKENS: torch.ones_like(logprobs), Sum.MTP_LOSS: -logprobs})

@@ -1,6 +1,7 @@
 """From trajectories to microbatches: rectangles of right-padded rows, the same count on every rank.
 
-    trajectories --(sort by length, deal out to ranks like cards)--> rows of a rank --(cut where padding is cheapest)--> microbatches
+    trajectories --(rows of one long prompt together)--> units --(sort by cost, deal out to ranks like cards)--> units of a rank
+        --(rows alone: cut where padding is cheapest)--> microbatches
 
 How rows are packed never changes the gradient: the loss divides by counts over the whole batch, which every rank knows
 beforehand (`num_loss_tokens`). Nothing here is random, so that a stored batch replays to the same microbatches (invariant 7).
@@ -22,25 +23,43 @@ MICROBATCH_COST = 512
 PAD_ID = 0
 """Any valid id: models are causal and padding stands on the right, so nothing that is trained looks at it."""
 
+CONTEXT = 2
+"""Tokens of a shared prompt that stay in the rows: what predicts the first trained token, for policy and MTP head, is a row's own."""
+
 EMPTY_LENGTH = 4
 """Width of a microbatch without content; long enough for a next token and for the MTP head's token after that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """B rows of L positions, right-padded. A row ends at its last trained token: what comes after cannot matter."""
+    """B rows of L positions, right-padded, behind one prefix. A row ends at its last trained token: what comes after cannot matter."""
 
+    prefix_ids: Ids  # [P] what stands before every row; empty unless a group's long prompt is shared
     token_ids: Ids  # [B, L]
     loss_mask: NDArray[np.bool_]  # [B, L] True on tokens to train; never at position 0, which nothing predicts
     logprobs: Floats  # [B, L] behaviour logprobs in nats; 0 where loss_mask is False
     advantages: Floats  # [B]
     envs: Ids  # [B] index into the caller's list of environments; -1 in an empty microbatch
-    num_tokens: int  # without padding
+    num_tokens: int  # without padding, prefix included once
 
     @property
     def num_padded(self) -> int:
         """Tokens with padding: what the model computes."""
-        return self.token_ids.size
+        return self.token_ids.size + len(self.prefix_ids)
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens that need no computation because rows share their prefix."""
+        return len(self.prefix_ids) * (len(self.token_ids) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows that go to one rank together: one alone, or those behind one prompt."""
+
+    rows: tuple[int, ...]
+    prefix: int  # positions that all rows share; 0 for a row alone
+    cost: int  # padded tokens
 
 
 def trainable_length(trajectory: Trajectory) -> int:
@@ -66,28 +85,53 @@ def num_mtp_tokens(trajectories: Sequence[Trajectory]) -> int:
     return sum(int(t.loss_mask[2:].sum()) for t in trajectories)
 
 
-def microbatches(trajectories: Sequence[Trajectory], *, envs: Sequence[str], max_tokens: int, num_ranks: int = 1) -> list[list[Microbatch]]:
+def microbatches(
+    trajectories: Sequence[Trajectory], *, envs: Sequence[str], max_tokens: int, num_ranks: int = 1, share_prefixes: bool = False
+) -> list[list[Microbatch]]:
     """[num_ranks] lists of equal length. A row longer than `max_tokens` padded tokens gets a microbatch of its own.
 
-    Rows are dealt out by length in turns that go back and forth, so that ranks do nearly the same work in the same shapes.
+    Units are dealt out by cost in turns that go back and forth, so that ranks do nearly the same work in the same shapes.
+    `share_prefixes`: a prompt that several rows begin with is computed once, where that saves more than a microbatch costs.
     """
     lengths = [trainable_length(t) for t in trajectories]
-    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
     index = {name: i for i, name in enumerate(envs)}
     if unknown := {t.env for t in trajectories} - set(index):
         raise ValueError(f"trajectories of unknown environment {sorted(unknown)[0]!r}; the run has {', '.join(envs)}")
-    hands: list[list[int]] = [[] for _ in range(num_ranks)]
-    for turn, row in enumerate(order):
+    units = sorted(_units(trajectories, lengths, max_tokens, share_prefixes), key=lambda u: (-u.cost, u.rows))
+    hands: list[list[Unit]] = [[] for _ in range(num_ranks)]
+    for turn, unit in enumerate(units):
         lap, seat = divmod(turn, num_ranks)
-        hands[seat if lap % 2 == 0 else num_ranks - 1 - seat].append(row)
+        hands[seat if lap % 2 == 0 else num_ranks - 1 - seat].append(unit)
     ranks = []
     for hand in hands:
-        cuts = cheapest_cuts(np.array([lengths[i] for i in hand], np.int64), max_tokens)
-        ranks.append([_pad([trajectories[i] for i in hand[a:b]], [lengths[i] for i in hand[a:b]], index) for a, b in cuts])
+        alone = [u.rows[0] for u in hand if not u.prefix]
+        cuts = cheapest_cuts(np.array([lengths[i] for i in alone], np.int64), max_tokens)
+        batches = [(u.rows, u.prefix) for u in hand if u.prefix] + [(tuple(alone[a:b]), 0) for a, b in cuts]
+        ranks.append([_pad([trajectories[i] for i in rows], [lengths[i] for i in rows], prefix, index) for rows, prefix in batches])
     most = max(len(r) for r in ranks)
     for rank in ranks:
         rank += [_empty() for _ in range(most - len(rank))]
     return ranks
+
+
+def _units(trajectories: Sequence[Trajectory], lengths: Sequence[int], max_tokens: int, share_prefixes: bool) -> list[Unit]:
+    """Every row that trains, in exactly one unit."""
+    by_prompt: dict[bytes, list[int]] = {}
+    for i, length in enumerate(lengths):
+        if length:
+            prompt = trajectories[i].token_ids[: int(trained_mask(trajectories[i]).argmax())]
+            by_prompt.setdefault(prompt.tobytes() if share_prefixes else b"%d" % i, []).append(i)
+    units = []
+    for rows in by_prompt.values():
+        prefix = int(trained_mask(trajectories[rows[0]]).argmax()) - CONTEXT
+        longest = max(lengths[i] for i in rows) - prefix
+        size = max(1, (max_tokens - prefix) // longest)  # rows that fit behind one copy of the prefix
+        if (min(size, len(rows)) - 1) * prefix > MICROBATCH_COST:
+            parts = [tuple(rows[a : a + size]) for a in range(0, len(rows), size)]
+            units += [Unit(part, prefix, prefix + len(part) * longest) for part in parts]
+        else:
+            units += [Unit((i,), 0, lengths[i]) for i in rows]
+    return units
 
 
 def cheapest_cuts(lengths: NDArray[np.int64], max_tokens: int) -> list[tuple[int, int]]:
@@ -111,18 +155,20 @@ def cheapest_cuts(lengths: NDArray[np.int64], max_tokens: int) -> list[tuple[int
     return cuts[::-1]
 
 
-def _pad(rows: Sequence[Trajectory], lengths: Sequence[int], index: dict[str, int]) -> Microbatch:
-    shape = (len(rows), max(lengths))
+def _pad(rows: Sequence[Trajectory], lengths: Sequence[int], prefix: int, index: dict[str, int]) -> Microbatch:
+    shape = (len(rows), max(lengths) - prefix)
     token_ids, loss_mask, logprobs = np.full(shape, PAD_ID, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
-    for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-        token_ids[b, :n], loss_mask[b, :n], logprobs[b, :n] = row.token_ids[:n], trained_mask(row)[:n], row.logprobs[:n]
+    for b, (row, end) in enumerate(zip(rows, lengths, strict=True)):
+        n, own = end - prefix, slice(prefix, end)
+        token_ids[b, :n], loss_mask[b, :n], logprobs[b, :n] = row.token_ids[own], trained_mask(row)[own], row.logprobs[own]
     return Microbatch(
+        prefix_ids=rows[0].token_ids[:prefix].astype(np.int32),
         token_ids=token_ids,
         loss_mask=loss_mask,
         logprobs=logprobs,
         advantages=np.array([r.advantage for r in rows], np.float32),
         envs=np.array([index[r.env] for r in rows], np.int32),
-        num_tokens=sum(lengths),
+        num_tokens=prefix + sum(n - prefix for n in lengths),
     )
 
 
@@ -130,6 +176,7 @@ def _empty() -> Microbatch:
     """Computes and adds nothing; a rank that has no rows left must still take part in collective operations."""
     shape = (1, EMPTY_LENGTH)
     return Microbatch(
+        prefix_ids=np.empty(0, np.int32),
         token_ids=np.full(shape, PAD_ID, np.int32),
         loss_mask=np.zeros(shape, bool),
         logprobs=np.zeros(shape, np.float32),

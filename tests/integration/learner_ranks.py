@@ -79,9 +79,18 @@ def group(*rollouts: Rollout) -> Group:
 
 
 def random_groups(
-    count: int, *, vocab: int, seed: int, logprob: Callable[[np.random.Generator], float] | None = None, version: int = 0
+    count: int,
+    *,
+    vocab: int,
+    seed: int,
+    logprob: Callable[[np.random.Generator], float] | None = None,
+    version: int = 0,
+    long_prompt: int = 0,
 ) -> list[Group]:
-    """Groups of two environments, some with two turns, with ragged lengths and random rewards."""
+    """Groups of two environments, some with two turns, with ragged lengths and random rewards.
+
+    With `long_prompt` one more group, whose rollouts all answer the same prompt of so many tokens.
+    """
     rng = np.random.default_rng(seed)
     draw = logprob or (lambda rng: float(-np.log(vocab) + rng.normal(0, 0.3)))
 
@@ -100,4 +109,7 @@ def random_groups(
                 turns.append(turn([*first.prompt_ids.tolist(), *first.token_ids.tolist(), *heard]))
             rollouts.append(rollout(*turns, reward=float(member % 2 == 0) + float(rng.random() < 0.3), env=env, key=f"{index}-{member}"))
         groups.append(group(*rollouts))
+    if long_prompt:
+        prompt = rng.integers(0, vocab, long_prompt).tolist()
+        groups.append(group(*(rollout(turn(prompt), reward=float(m % 3 == 0), key=f"long-{m}") for m in range(5))))
     return groups

@@ -58,10 +58,15 @@ def steps(rank: int, folder: Path, *, count: int, dtype: str = "float32", **chan
     return metrics
 
 
+def groups_to_compare() -> list[Group]:
+    """Ragged groups, and one with a prompt long enough to be shared between its rows."""
+    return random_groups(6, vocab=VOCAB, seed=0, long_prompt=300)
+
+
 def gradients(rank: int, folder: Path, *, name: str, **changes: Any) -> Any:
     """Store the gradients of one batch, as every rank sees them after averaging, in `<name>-<rank>.safetensors`."""
     learner = make(folder, **changes)
-    metrics = learner.accumulate(random_groups(6, vocab=VOCAB, seed=0))
+    metrics = learner.accumulate(groups_to_compare())
     found = {name: safe_get_full_grad(p) for name, p in learner.model.named_parameters() if p.requires_grad}
     safetensors.torch.save_file({name: g.contiguous() for name, g in found.items() if g is not None}, folder / f"{name}-{rank}.safetensors")
     return metrics
@@ -70,7 +75,7 @@ def gradients(rank: int, folder: Path, *, name: str, **changes: Any) -> Any:
 def reference(rank: int, folder: Path) -> Any:
     """The same gradients in plain torch, float64, one turn at a time without padding; the formula written out once more."""
     model = small_model(folder, torch.float64)
-    rollouts = [(r, a) for g in random_groups(6, vocab=VOCAB, seed=0) for r, a in zip(g.rollouts, group_advantages(g, "grpo"), strict=True)]
+    rollouts = [(r, a) for g in groups_to_compare() for r, a in zip(g.rollouts, group_advantages(g, "grpo"), strict=True)]
     tokens = sum(r.num_sampled for r, _ in rollouts)
     total = torch.zeros((), dtype=torch.float64)
     for sampled, advantage in rollouts:

@@ -78,6 +78,8 @@ def test_gradients_are_those_of_the_formula_for_any_packing_and_zero_stage(folde
 def test_packing_really_differs_between_these_tests(one: dict[str, Any]) -> None:
     assert one["whole"][0]["learner/microbatches"] < one["pieces"][0]["learner/microbatches"]
     assert one["pieces"][0]["learner/padded_tokens"] >= one["pieces"][0]["learner/real_tokens"]
+    assert one["pieces"][0]["learner/shared_tokens"] == 0
+    assert one["whole"][0]["learner/shared_tokens"] == 4 * 298
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -85,7 +87,7 @@ def test_two_ranks_give_the_gradients_of_one(folder: Path, one: dict[str, Any], 
     for rank in (0, 1):
         assert gradient_error(folder, f"two{stage}-{rank}", "reference") < 1e-3
     for key, value in one["whole"][0].items():
-        if "/" in key and not key.endswith(("_s", "padded_tokens", "microbatches")):
+        if "/" in key and not key.endswith(("_s", "padded_tokens", "real_tokens", "shared_tokens", "microbatches")):
             assert two[f"zero{stage}"][0][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
             assert two[f"zero{stage}"][1][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl_core.batching import MICROBATCH_COST, cheapest_cuts, microbatches, num_loss_tokens, num_mtp_tokens
+from rl_core.batching import MICROBATCH_COST, cheapest_cuts, microbatches, num_loss_tokens, num_mtp_tokens, trainable_length, trained_mask
 from rl_core.trajectories import trajectories
 from rl_core.types import Trajectory
 from tests.integration.learner_ranks import random_groups
@@ -42,6 +43,50 @@ def test_every_trained_token_is_in_exactly_one_microbatch_whatever_the_packing(s
             got[ENVS[m.envs[b]], int(m.token_ids[b, t]), float(m.logprobs[b, t]), float(m.advantages[b])] += 1
     assert got == wanted
     assert sum(got.values()) == num_loss_tokens(all_rows)
+
+
+def group_of(size: int, prompt: int, answer: int, env: str = "tools", seed: int = 0) -> list[Trajectory]:
+    """Rows that continue one prompt, each with another answer, a little longer than the one before."""
+    rng = np.random.default_rng(seed)
+    before = rng.integers(0, 50, prompt, np.int32)
+    made = []
+    for i in range(size):
+        one = row(prompt + answer + i, slice(prompt, None), env)
+        made.append(replace(one, token_ids=np.concatenate([before, rng.integers(0, 50, answer + i, np.int32)])))
+    return made
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(300, 5000), st.integers(1, 900))
+def test_sharing_prefixes_loses_no_row_and_changes_none(seed: int, num_ranks: int, max_tokens: int, prompt: int) -> None:
+    all_rows = [*rows(seed), *group_of(8, prompt, 5, seed=seed), *group_of(3, 40, 2, "math", seed=seed + 1)]
+    plan = microbatches(all_rows, envs=ENVS, max_tokens=max_tokens, num_ranks=num_ranks, share_prefixes=True)
+    assert len({len(rank) for rank in plan}) == 1
+    whole = []
+    for m in (m for rank in plan for m in rank if m.envs[0] >= 0):
+        assert m.num_padded <= max_tokens or len(m.token_ids) == 1
+        for ids, mask, logprobs, advantage, env in zip(m.token_ids, m.loss_mask, m.logprobs, m.advantages, m.envs, strict=True):
+            end = int(mask.nonzero()[0][-1]) + 1
+            if len(m.prefix_ids):
+                assert not mask[:2].any()
+            key = (ENVS[env], (*m.prefix_ids, *ids[:end]), tuple(logprobs[mask]), float(advantage))
+            whole.append((*key, tuple(len(m.prefix_ids) + mask.nonzero()[0])))
+    wanted = []
+    for r in all_rows:
+        if length := trainable_length(r):
+            mask = trained_mask(r)
+            wanted.append((r.env, tuple(r.token_ids[:length]), tuple(r.logprobs[mask]), r.advantage, tuple(mask.nonzero()[0])))
+    assert Counter(whole) == Counter(wanted)
+
+
+def test_a_long_prompt_is_computed_once_and_a_short_one_is_not_worth_it() -> None:
+    long, short = group_of(8, 2000, 40), group_of(8, 40, 40, "math")
+    (plan,) = microbatches([*long, *short], envs=ENVS, max_tokens=16384, share_prefixes=True)
+    assert sorted(len(m.prefix_ids) for m in plan) == [0, 1998]
+    shared = next(m for m in plan if len(m.prefix_ids))
+    assert shared.num_padded == 1998 + 8 * (2 + 47)
+    assert shared.num_shared == 7 * 1998
+    (apart,) = microbatches([*long, *short], envs=ENVS, max_tokens=16384)
+    assert sum(m.num_shared for m in apart) == 0
 
 
 @given(st.integers(0, 2**31), st.integers(1, 6), st.integers(20, 2000))

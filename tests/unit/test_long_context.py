@@ -152,3 +152,19 @@ def test_a_wrong_knob_is_refused_with_what_was_wanted(options: dict[str, Any], c
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
         token_counter(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_questions_have_the_answers_that_stand_in_the_document(kind: str) -> None:
+    options = {"kinds": [kind], "min_tokens": 256, "max_tokens": 512, "records": 6, "absent_share": 0.0}
+    for task in tasks(10, **options):
+        env = LongContextEnv(**options)
+        document = env.begin(task).messages[-1].content
+        env.reset(options={"task": task})
+        lines, asked = document.rsplit("\n", 1)
+        others = env.other_questions()
+        assert len(others) >= 4
+        for question, turn in others:
+            assert question not in asked.split()
+            assert turn.content == look_up(f"{lines}\n{question}")
+            assert all(quote in lines.split("\n") for quote in turn.thought.split("\n"))

@@ -41,6 +41,12 @@ def small_config(**changes: Any) -> NemotronHConfig:
     return NemotronHConfig(**(sizes | changes))
 
 
+def llama_config(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **changes
+    )  # fmt: skip
+
+
 def ids_of(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
@@ -170,6 +176,37 @@ def test_right_padding_changes_nothing_before_it(model: PolicyModel) -> None:
     torch.testing.assert_close(model(padded)[:, :40], model(ids), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("prefix", [3, 20, 70])
+def test_rows_behind_a_shared_prefix_are_the_rows_with_the_prefix_before_each(model: PolicyModel, prefix: int) -> None:
+    before, rows = ids_of(1, prefix, seed=1)[0], ids_of(5, 9, seed=2)
+    rows[:, 0] = 7  # the MTP head needs to know what follows the prefix
+    grads = []
+    for shared in (False, True):
+        model.zero_grad()
+        if shared:
+            seen, hidden = model.behind_prefix(before, rows)
+            drafted = model.mtp_hidden(hidden.detach(), rows, prefix=(seen.detach(), before))
+        else:
+            ids = torch.cat([before.expand(5, -1), rows], 1)
+            everything = model(ids)
+            hidden, drafted = everything[:, prefix:], model.mtp_hidden(everything.detach(), ids)[:, prefix:]
+        logprobs = model.token_logprobs(hidden[:, :-1], rows[:, 1:])[0]
+        mtp = model.token_logprobs(drafted[:, :-1], rows[:, 2:], frozen_head=True)[0]
+        (logprobs.sum() + mtp.sum()).backward()
+        grads.append(({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, logprobs.detach(), mtp.detach()))
+    (wanted, *values), (got, *others) = grads
+    torch.testing.assert_close(others, values, atol=1e-5, rtol=1e-5)
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], atol=2e-4, rtol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_model_that_cannot_share_a_prefix_says_so() -> None:
+    other = PolicyModel(LlamaForCausalLM(llama_config()), None)
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot share a prefix"):
+        other.behind_prefix(ids_of(1, 5)[0], ids_of(2, 3))
+
+
 @pytest.mark.parametrize("chunk", [7, 4096])
 def test_token_logprobs_are_a_log_softmax_at_each_tokens_own_temperature(model: PolicyModel, chunk: int) -> None:
     ids = ids_of(3, 11)
@@ -221,11 +258,7 @@ def test_a_checkpoint_that_promises_mtp_weights_but_has_none_is_refused(tmp_path
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_any_causal_lm_of_transformers_works_without_an_mtp_head(tmp_path: Path, tied: bool) -> None:
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
-    lm = LlamaForCausalLM(config)
+    lm = LlamaForCausalLM(llama_config(tie_word_embeddings=tied))
     lm.save_pretrained(tmp_path / "a")
     model = PolicyModel.from_pretrained(tmp_path / "a")
     ids = ids_of(2, 10)

@@ -41,7 +41,7 @@ def scan_inputs(length: int, groups: int, dtype: torch.dtype, fast: float = 1.0)
 @pytest.mark.parametrize(("length", "chunk"), [(1, 32), (5, 32), (32, 32), (33, 32), (50, 8), (64, 8)])
 def test_the_chunked_scan_and_its_gradients_are_the_recurrence_to_float64_precision(length: int, chunk: int, groups: int) -> None:
     inputs = scan_inputs(length, groups, torch.float64)
-    ours, theirs = chunked_scan(*inputs, chunk=chunk), step_by_step(*inputs)
+    ours, theirs = chunked_scan(*inputs, chunk=chunk)[0], step_by_step(*inputs)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
     pull = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for mine, its in zip(torch.autograd.grad((ours * pull).sum(), inputs), torch.autograd.grad((theirs * pull).sum(), inputs), strict=True):
@@ -52,7 +52,7 @@ def test_the_chunked_scan_and_its_gradients_are_the_recurrence_to_float64_precis
 def test_float32_keeps_five_digits_from_slow_to_violent_decay(fast: float) -> None:
     """fast = 30 decays by exp(-300) within a few positions: nothing may overflow on the masked side of the chunk."""
     exact = step_by_step(*scan_inputs(200, 2, torch.float64, fast))
-    ours = chunked_scan(*scan_inputs(200, 2, torch.float32, fast))
+    ours, _ = chunked_scan(*scan_inputs(200, 2, torch.float32, fast))
     assert torch.isfinite(ours).all()
     assert (ours - exact).abs().max() / exact.abs().max() < 1e-5
 
@@ -60,7 +60,25 @@ def test_float32_keeps_five_digits_from_slow_to_violent_decay(fast: float) -> No
 def test_a_state_is_carried_across_many_chunks() -> None:
     x, dt, a, b, c, d = (t.detach() for t in scan_inputs(400, 1, torch.float64))
     x[:, 1:], d, a = 0, torch.zeros_like(d), torch.full_like(a, -1e-4)
-    assert chunked_scan(x, dt, a, b, c, d, chunk=16)[:, -1].abs().max() > 1e-3
+    assert chunked_scan(x, dt, a, b, c, d, chunk=16)[0][:, -1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cut", [1, 8, 13, 40])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_scan_that_starts_from_a_state_goes_on_as_if_it_had_not_stopped(cut: int, groups: int) -> None:
+    inputs = scan_inputs(41, groups, torch.float64)
+    x, dt, a, b, c, d = inputs
+    whole, end = chunked_scan(*inputs, chunk=8)
+    first, state = chunked_scan(x[:, :cut], dt[:, :cut], a, b[:, :cut], c[:, :cut], d, chunk=8)
+    second, last = chunked_scan(x[:, cut:], dt[:, cut:], a, b[:, cut:], c[:, cut:], d, start=state, chunk=8)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(last, end, atol=1e-12, rtol=1e-10)
+    g = torch.Generator().manual_seed(1)
+    pull, pull_end = (torch.randn(t.shape, generator=g, dtype=torch.float64) for t in (whole, end))
+    wanted = torch.autograd.grad((whole * pull).sum() + (end * pull_end).sum(), inputs)
+    got = torch.autograd.grad((torch.cat([first, second], 1) * pull).sum() + (last * pull_end).sum(), inputs)
+    for mine, its in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, its, atol=1e-11, rtol=1e-9)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9])

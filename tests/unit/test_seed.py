@@ -105,6 +105,22 @@ def test_a_demonstration_of_several_turns_masks_what_the_tools_said(chat: ChatML
         assert chat.decode(shown.token_ids[~shown.loss_mask]).count("<|im_start|>assistant\n") == len(starts)
 
 
+def test_follow_up_questions_are_asked_in_the_same_conversation_and_their_answers_are_learned(chat: ChatML) -> None:
+    options = {"min_tokens": 512, "max_tokens": 1024, "records": 8}
+    cls = resolve("long_context")
+    task = next(iter(cls.tasks("train", 0, options)))
+
+    def shown(follow_ups: int) -> tuple[list[int], int]:
+        d = play(cls(**options), task, chat, random.Random(0), max_turns=1, follow_ups=follow_ups)  # type: ignore[abstract]
+        return d.token_ids.tolist(), int((np.diff(d.loss_mask.astype(int), prepend=0) == 1).sum())
+
+    alone, answers_alone = shown(0)
+    ids, answers = shown(3)
+    assert (answers_alone, answers) == (1, 4)
+    assert ids[: len(alone)] == alone
+    assert chat.decode(ids).count("<|im_start|>user\n") == 4
+
+
 def test_an_oracle_that_is_wrong_is_not_imitated(chat: ChatML) -> None:
     env = WrongOracle()
     with pytest.raises(ValueError, match=r"earned 0\.0"):
