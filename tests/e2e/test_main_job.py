@@ -34,7 +34,9 @@ model: {{path: {ROOT}/configs/models/seed}}
 environments:
   math: {{max_tokens: 64, max_total_tokens: 128, options: {{digits: 3, kinds: [add, sub, chain], terms: 5}}}}
   code: {{share: 0.5, max_tokens: 96, max_total_tokens: 192, options: {{kinds: [ints, stdin, lists], num_steps: 3, digits: 2}}}}
-  tools: {{max_tokens: 48, max_turns: 6, max_total_tokens: 512, options: {{kinds: [stock, points, move, refund], distractors: 0, failure_rate: 0.0}}}}
+  tools:
+    {{max_tokens: 48, max_turns: 6, max_total_tokens: 512,
+     options: {{kinds: [stock, points, move, refund], distractors: 0, failure_rate: 0.0}}}}
 loop: {{steps: {STEPS}, groups_per_step: 10, max_staleness: 2}}
 rollout: {{max_num_seqs: 48, max_model_len: 768, speculative_tokens: 2}}
 learner: {{learning_rate: 3.0e-4}}
