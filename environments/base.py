@@ -56,6 +56,8 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
     id: ClassVar[str]
     version: ClassVar[str] = "1"
     """Stored in every verdict; raise it when the same answer may score differently."""
+    needs_sandbox: ClassVar[bool] = False
+    """Its verifier runs programs that the policy wrote: no run starts where nothing can isolate them."""
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
 
     def __init__(self, **options: Any) -> None:

@@ -46,6 +46,7 @@ class CodeEnv(TextEnv):
 
     id: ClassVar[str] = "code"
     version: ClassVar[str] = "1"
+    needs_sandbox: ClassVar[bool] = True
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

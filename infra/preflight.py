@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 from environments.registry import resolve
+from environments.sandbox import SandboxUnavailable, choose_sandbox
+from environments.sandbox.choose import close_sandboxes
 from infra.errors import UsageError
 from rl_core.config import RunConfig
 
@@ -19,12 +21,18 @@ class PreflightError(UsageError):
     """The machine or the checkpoint does not allow this run. The message says what to do."""
 
 
-def preflight(config: RunConfig) -> None:
-    """Raise for the first thing that would stop this run later. Takes a second at most; neither Ray nor vLLM is imported."""
+def preflight(config: RunConfig, *, runs_here: bool = True) -> None:
+    """Raise for the first thing that would stop this run later. Takes a second or two; neither Ray nor vLLM is imported.
+
+    `runs_here`: on this machine, and not on a cluster elsewhere, whose sandboxes cannot be seen from here.
+    """
     for name in config.environments:
         check_environment(config, name)
     check_speculation(config)
     check_disk(Path(config.runs_dir))
+    if runs_here:
+        for name in config.environments:
+            check_sandbox(config, name)
 
 
 def check_environment(config: RunConfig, name: str) -> None:
@@ -35,6 +43,20 @@ def check_environment(config: RunConfig, name: str) -> None:
         next(env_class.tasks("train", config.seed, {"tokenizer": config.model.path, **env.options}))
     except ValueError as error:
         raise PreflightError(f"environments.{name}.options: {error}") from error
+
+
+def check_sandbox(config: RunConfig, name: str) -> None:
+    """An environment that runs the policy's programs needs something that isolates them."""
+    env = config.environments[name]
+    if not resolve(env.id or name).needs_sandbox:
+        return
+    wanted = str(env.options.get("sandbox", config.sandbox))
+    try:
+        choose_sandbox(wanted)
+    except SandboxUnavailable as error:
+        raise PreflightError(f"environments.{name} runs programs in a sandbox, and sandbox={wanted} cannot: {error}") from error
+    finally:
+        close_sandboxes()
 
 
 def check_disk(folder: Path) -> None:

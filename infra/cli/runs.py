@@ -61,7 +61,7 @@ def submit(
     """Run CONFIG as a Ray job."""
     overrides = overrides or []
     checked = load_config(config, overrides)
-    preflight(checked)
+    preflight(checked, runs_here=address is None)
 
     from infra import jobs
 

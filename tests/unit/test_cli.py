@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from environments.sandbox import SandboxUnavailable
 from infra import bench, preflight
 from infra.cli.main import main
 from rl_core.ledger import Ledger
@@ -77,6 +78,19 @@ def test_a_full_disk_is_refused(polyrl: Call, config: Path, monkeypatch: pytest.
     assert code == 2
     assert "GiB free, wanted at least" in err
     assert "runs_dir=PATH" in err
+
+
+def test_a_machine_without_a_sandbox_is_told_before_anything_starts(polyrl: Call, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(name: str) -> None:
+        raise SandboxUnavailable(f"{name}: nothing isolates")
+
+    monkeypatch.setattr(preflight, "choose_sandbox", unavailable)
+    code, _, err = polyrl("run", str(config), "environments.code.share=1", "sandbox=bubblewrap")
+    assert code == 2
+    assert "environments.code runs programs in a sandbox" in err
+    assert "bubblewrap: nothing isolates" in err
+    assert not (config.parent / "runs").exists()
+    assert polyrl("config", "check", str(config), "sandbox=bubblewrap")[0] == 0
 
 
 def test_speculation_without_an_mtp_head_is_refused(polyrl: Call, config: Path) -> None:
