@@ -66,7 +66,7 @@ def group(seed: int) -> list[Trajectory]:
                 logprobs=np.where(mask, -1.0, 0.0).astype(np.float32),
                 versions=np.where(mask, 0, -1).astype(np.int32),
                 advantage=1.0 if member % 2 else -1.0,
-            )  # fmt: skip
+            )
         )
     return rows
 
