@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +14,7 @@ from infra.cli.common import Json, Overrides, print_json
 from infra.errors import UsageError
 from infra.preflight import preflight
 from rl_core.config import EnvironmentConfig, RunConfig, load_config, reference, to_yaml
+from rl_core.process_env import cpu_environment
 
 
 def register(app: typer.Typer) -> None:
@@ -132,6 +135,9 @@ def model_seed(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
     """Train the small hybrid model from nothing, on demonstrations by the environments' oracles."""
+    wanted = cpu_environment(threads)
+    if any(name not in os.environ for name in wanted):  # the allocator reads its settings when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**wanted, **os.environ, "OMP_NUM_THREADS": str(threads)})
     from learner.seed.train import train_seed
 
     train_seed(out, seed=seed, steps=steps, threads=threads)
