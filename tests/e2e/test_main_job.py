@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 POLYRL = str(Path(sys.executable).parent / "polyrl")
 ROOT = Path(__file__).parents[2]
-TASKS = 96
-STEPS = 14
+TASKS = 64
+STEPS = 10
 
 CONFIG = f"""
 name: e2e
@@ -153,7 +153,7 @@ def test_everything_that_a_run_promises_is_in_its_folder(finished: Path) -> None
 
 def test_ctrl_c_saves_the_step_and_leaves_no_process(tmp_path: Path) -> None:
     (tmp_path / "e2e.yaml").write_text(CONFIG, encoding="utf-8")
-    run = Started(tmp_path, "run", "e2e.yaml", "eval.tasks=4", "loop.steps=500", "environments.code.share=0.1")
+    run = Started(tmp_path, "run", "e2e.yaml", "eval.tasks=4", "loop.steps=500")
     try:
         run.watch(until="step 2/500", seconds=240)
         run.process.send_signal(signal.SIGINT)

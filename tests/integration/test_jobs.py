@@ -101,12 +101,13 @@ def test_ctrl_c_stops_the_job_which_has_time_to_save(head: Head, tmp_path: Path)
         if event.kind == "run_started":
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 
+    before = signal.getsignal(signal.SIGINT)
     view = Listening(interrupt)
     status = follow(client(head), submit(head, driver(tmp_path, 120)), view, on_stopping=lambda: told.append("stopping"))
     assert told == ["stopping"]
     assert view.kinds == ["run_started", "run_finished"]
     assert status == "STOPPED"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_stranger_without_the_token_is_refused(head: Head) -> None:
