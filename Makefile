@@ -18,8 +18,8 @@ setup:
 	@infra/bootstrap.sh $(KIND)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration/test_sandbox.py tests/integration/test_sandbox_attacks.py $(ARGS)
-	$(BIN)/python -m pytest tests/integration tests/e2e --ignore-glob='*/test_sandbox*' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 tests/unit tests/integration $(ARGS)
+	$(BIN)/python -m pytest --durations=5 tests/e2e $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
