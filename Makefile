@@ -17,9 +17,9 @@ run: setup
 setup:
 	@infra/bootstrap.sh $(KIND)
 
+# The long files come first: two processes are then busy to the end.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 tests/unit tests/integration $(ARGS)
-	$(BIN)/python -m pytest --durations=5 tests/e2e $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 tests/e2e tests/integration tests/unit $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ import pytest
 
 from rl_core.ledger import read_balance
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 POLYRL = str(Path(sys.executable).parent / "polyrl")
 ROOT = Path(__file__).parents[2]
