@@ -9,24 +9,29 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from environments.registry import resolve
 from infra.ray_cluster import connect
 from learner.actor import LearnerGroup
 from rl_core.config import EnvironmentConfig, RunConfig
+from rl_core.durable import DurableLearner, DurableQueue
 from rl_core.evaluation import EvalResult, evaluate
 from rl_core.events import Event, Sink
+from rl_core.journal import GroupJournal
 from rl_core.ledger import Ledger
-from rl_core.loop import Budget, RunError, train
+from rl_core.loop import Budget, RunError, train, unusable
 from rl_core.mixer import Mixer
+from rl_core.recovery import recover
 from rl_core.replay_queue import ReplayQueue
-from rl_core.run_store import RunStore
+from rl_core.run_store import RunStore, StoredRun
 from rl_core.seams import GroupResult
 from rl_core.types import EpisodeSpec, SamplingParams, Task
 from rollout_workers.pool import Pool
@@ -72,6 +77,13 @@ class Run:
         self.config, self.run_dir, self.store, self.out = config, run_dir, store, out
         self.specs = {name: episode_spec(env) for name, env in config.environments.items()}
         self.stop = asyncio.Event()
+        past = [event for event in StoredRun(run_dir).events() if event.kind in ("eval", "step")]
+        self.is_new = not past
+        """Nothing has been measured yet: the evaluation before training is still to come."""
+        self.recorded_steps = {int(e.data["version"]) for e in past if e.kind == "step"}
+        self.ledger = Ledger(run_dir / "ledger.sqlite")
+        self.resumes = bool(self.ledger.counts())
+        self.journal = GroupJournal(run_dir / "journal")
 
     async def main(self) -> tuple[str, str]:
         """(outcome, reason)."""
@@ -80,39 +92,51 @@ class Run:
         config = self.config
         self.out.emit(Event(kind="run_started", data=self.describe()))
         async with AsyncExitStack() as parts:
+            parts.callback(self.ledger.close)
+            parts.callback(self.journal.close)
             self.phase("starting", "engines, learner, environment hosts")
             started = await self.interruptible(self.start_parts(parts))
             if started is None:
                 return "stopped", "stopped while starting"
             pool, learner = started
-            queue = QueueActor(Budget.of(config.loop).window, parts)
-            ledger = Ledger(self.run_dir / "ledger.sqlite")
-            parts.callback(ledger.close)
+            mixer = self.mixer()
+            unfinished = recover(self.ledger, self.journal, mixer, own=ray.put, unusable=unusable)
+            queue = DurableQueue(
+                partial(QueueActor, Budget.of(config.loop).window, parts),
+                (RayActorError,),
+                groups=unfinished.queue,
+                overtakers=unfinished.overtakers,
+            )
+            await queue.open()
 
             version, weights = await learner.snapshot()
-            if await self.interruptible(self.evaluation(pool, "before", version, config.eval.tasks)) is None:
+            if self.resumes:
+                text = f"resumed after step {version}: {len(unfinished.ready)} groups wait, {len(unfinished.cut_off)} start again"
+                self.out.emit(Event(kind="note", data={"text": text}))
+            if self.is_new and await self.interruptible(self.evaluation(pool, "before", version, config.eval.tasks)) is None:
                 return "stopped", "stopped before training"
             self.phase("training", f"{config.loop.steps} steps")
             watch = Watch(self, pool)
             version = await train(
                 config.loop,
-                mixer=self.mixer(),
+                mixer=mixer,
                 specs=self.specs,
                 workers=pool,
                 queue=queue,
                 learner=learner,
-                ledger=ledger,
+                ledger=self.ledger,
                 record=watch,
                 weights=weights,
                 version=version,
                 stop=self.stop,
                 checkpoint_every=config.learner.checkpoint_every,
+                unfinished=unfinished,
             )
             await watch.settle()
             self.phase("saving", f"version {version}")
             await learner.save()
             if self.stop.is_set():
-                return "stopped", f"stopped after step {version} of {config.loop.steps}; its checkpoint is saved"
+                return "stopped", f"stopped after step {version} of {config.loop.steps}; `polyrl resume {self.run_dir.name}` goes on"
             if await self.interruptible(self.evaluation(pool, "after", version, config.eval.tasks)) is None:
                 return "stopped", f"stopped in the final evaluation; the checkpoint of step {version} is saved"
         return "finished", ""
@@ -128,7 +152,7 @@ class Run:
             "speculative_tokens": config.rollout.speculative_tokens,
         }
 
-    async def start_parts(self, parts: AsyncExitStack) -> tuple[Pool, LearnerGroup]:
+    async def start_parts(self, parts: AsyncExitStack) -> tuple[Pool, DurableLearner]:
         """Engines and learner start beside each other; what has started is stopped even if the other fails."""
 
         async def pool() -> Pool:
@@ -136,9 +160,14 @@ class Run:
             parts.push_async_callback(started.aclose)
             return started
 
-        async def learner() -> LearnerGroup:
-            started = await LearnerGroup.start(self.config, self.run_dir)
+        async def learner() -> DurableLearner:
+            started = DurableLearner(
+                partial(LearnerGroup.start, self.config, self.run_dir), self.batch, (RayActorError,), on_saved=self.saved
+            )
             parts.push_async_callback(started.aclose)
+            for stats in await started.open(self.ledger.version):
+                if stats.version not in self.recorded_steps:  # the old process died between the step and its record
+                    self.out.emit(Event(kind="step", data={"version": stats.version, "metrics": dict(stats.metrics)}))
             return started
 
         both = await asyncio.gather(pool(), learner(), return_exceptions=True)
@@ -147,18 +176,30 @@ class Run:
                 raise part
         return both[0], both[1]  # type: ignore[return-value]
 
+    async def batch(self, version: int) -> list[Any]:
+        """References to the groups that made `version`."""
+        names = self.ledger.batch(version)
+        groups = await asyncio.to_thread(self.journal.read, names)
+        if missing := [name for name in names if name not in groups]:
+            raise RunError(f"step {version} cannot be done again: the journal lacks {', '.join(missing)}; its folder is damaged")
+        return [ray.put(groups[name]) for name in names]
+
+    def saved(self, version: int) -> None:
+        """A checkpoint covers what was trained so far: the journal keeps only what is still to train."""
+        self.journal.prune([entry.group_id for entry in self.ledger.open()])
+
     def mixer(self) -> Mixer:
         """The training streams."""
         environments = self.config.environments
         return Mixer(
-            {name: self.tasks(name, "train", self.config.seed) for name in environments},
+            {name: partial(self.tasks, name, "train", self.config.seed) for name in environments},
             {name: e.share for name, e in environments.items()},
         )
 
-    def tasks(self, name: str, split: str, seed: int) -> Iterator[Task]:
-        """The task source of one environment."""
+    def tasks(self, name: str, split: str, seed: int, start: int = 0) -> Iterator[Task]:
+        """The task source of one environment, from a position on."""
         env = self.config.environments[name]
-        return resolve(env.id or name).tasks(split, seed, task_options(self.config, env))
+        return resolve(env.id or name).tasks(split, seed, task_options(self.config, env), start=start)
 
     async def evaluation(self, pool: Pool, label: str, version: int, count: int) -> dict[str, EvalResult]:
         """Held-out score of every environment, as an event."""
@@ -176,8 +217,10 @@ class Run:
         return results
 
     async def keep(self, result: GroupResult, label: str) -> None:
-        """Every rollout goes to the store; its tokens come by reference."""
+        """Every rollout goes to the store, and what may train to the journal first; the tokens come by reference."""
         group = await result.ref
+        if label == "train":
+            await asyncio.to_thread(self.journal.append, group)
         await asyncio.to_thread(self.store.add_groups, [group], label, None)
 
     async def interruptible(self, work: Any) -> Any:
@@ -220,6 +263,9 @@ class Watch:
     async def group(self, result: GroupResult) -> None:
         await self._run.keep(result, "train")
 
+    def note(self, text: str) -> None:
+        self._run.out.emit(Event(kind="note", data={"text": text}))
+
     async def step(self, step: int, version: int, metrics: dict[str, float]) -> None:
         self._run.out.emit(Event(kind="step", data={"version": version, "metrics": metrics}))
         cfg = self._run.config
@@ -235,23 +281,26 @@ class Watch:
 
 
 class QueueActor:
-    """The replay queue in an actor of its own."""
+    """The replay queue in an actor of its own. A call is sent when it is made; what it returns is awaited for the answer."""
 
     def __init__(self, window: int, parts: AsyncExitStack) -> None:
         self._actor = ray.remote(ReplayQueue).options(num_cpus=0).remote(window)  # type: ignore[attr-defined]
         parts.callback(ray.kill, self._actor)
 
-    async def start(self, ticket: int) -> None:
-        await self._actor.start.remote(ticket)
+    def restore(self, groups: Mapping[int, GroupResult | None], overtakers: Sequence[int]) -> Any:
+        return self._actor.restore.remote(groups, overtakers)
 
-    async def put(self, ticket: int, result: GroupResult) -> None:
-        await self._actor.put.remote(ticket, result)
+    def start(self, ticket: int) -> Any:
+        return self._actor.start.remote(ticket)
 
-    async def drop(self, ticket: int) -> None:
-        await self._actor.drop.remote(ticket)
+    def put(self, ticket: int, result: GroupResult) -> Any:
+        return self._actor.put.remote(ticket, result)
 
-    async def take(self, count: int) -> list[GroupResult]:
-        return list(await self._actor.take.remote(count))
+    def drop(self, ticket: int) -> Any:
+        return self._actor.drop.remote(ticket)
+
+    def take(self, count: int) -> Any:
+        return self._actor.take.remote(count)
 
 
 def episode_spec(env: EnvironmentConfig) -> EpisodeSpec:

@@ -137,7 +137,9 @@ class RunState:
 
     def _start(self, event: Event) -> None:
         data = event.data
-        self.run, self.steps, self.started = str(data["run"]), int(data["steps"]), event.time
+        self.run, self.steps = str(data["run"]), int(data["steps"])
+        self.started = self.started or event.time
+        self.outcome, self.reason, self.seconds = "", "", None  # a resumed run goes on
         self.max_staleness = data.get("max_staleness")
         shares: Mapping[str, float] = data["environments"]
         total = sum(shares.values()) or 1.0

@@ -5,13 +5,16 @@
       +--> filtered(reason)
       +--> abandoned(reason)
 
-SQLite in WAL mode, so that other processes read it while the run writes.
+SQLite in WAL mode, so that other processes read it while the run writes. It is also what a resumed run starts from: which
+batch made which version, which groups wait, which were cut off, and how far each environment's tasks were drawn.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -31,9 +34,29 @@ class State(StrEnum):
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS tasks (
-    group_id TEXT PRIMARY KEY, env TEXT NOT NULL, task_key TEXT NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
-    version INTEGER, drawn_at REAL NOT NULL, ended_at REAL)
+    ticket INTEGER PRIMARY KEY, group_id TEXT UNIQUE NOT NULL, env TEXT NOT NULL, task_key TEXT NOT NULL, position INTEGER NOT NULL,
+    attempt INTEGER NOT NULL DEFAULT 1, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', version INTEGER, drawn_at REAL NOT NULL,
+    ended_at REAL);
+CREATE INDEX IF NOT EXISTS open_tasks ON tasks (ticket) WHERE state IN ('drawn', 'ready');
+CREATE INDEX IF NOT EXISTS batches ON tasks (version) WHERE version IS NOT NULL;
 """
+
+
+class LedgerError(RuntimeError):
+    """A task would be counted twice or lost: a bug, never bad luck."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One row."""
+
+    ticket: int  # order of drawing, from 0, without gaps
+    group_id: str
+    env: str
+    task_key: str
+    position: int  # of the task in its environment's stream
+    attempt: int  # 1, and one more for each time that a resumed run started the group again
+    state: State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +69,7 @@ class Balance:
     trained: int
     filtered: int
     abandoned: int
+    restarted: int  # drawn once, started more than once
     reasons: dict[str, int]
 
     @property
@@ -54,81 +78,153 @@ class Balance:
         return self.drawn == self.open + self.trained + self.filtered + self.abandoned
 
 
+def group_id(ticket: int) -> str:
+    """The name of the group with this ticket."""
+    return f"g{ticket:06d}"
+
+
 class Ledger:
-    """Written by the loop alone."""
+    """Written by the loop alone.
+
+    A change survives the death of this process at once. What a power cut may take are the changes since the last batch was
+    trained (`train` flushes to disk): groups that were drawn since then are drawn again.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None)  # autocommit: each change is durable as soon as it is made
+        self._db = sqlite3.connect(path, isolation_level=None)  # autocommit
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute(SCHEMA)
-        self._next = int(self._db.execute("SELECT count(*) FROM tasks").fetchone()[0])
+        self._db.executescript(SCHEMA)
+        self._next = int(self._db.execute("SELECT coalesce(max(ticket) + 1, 0) FROM tasks").fetchone()[0])
 
-    def draw(self, task: Task) -> str:
-        """A task was drawn: returns the id of its group."""
-        group_id = f"g{self._next:06d}"
-        self._next += 1
+    # --- what happened --------------------------------------------------------------------------------------------------
+
+    def draw(self, task: Task, position: int) -> int:
+        """A task was drawn: returns its ticket."""
+        ticket = self._next
         self._db.execute(
-            "INSERT INTO tasks (group_id, env, task_key, state, drawn_at) VALUES (?, ?, ?, ?, ?)",
-            (group_id, task.env, task.key, State.DRAWN, time.time()),
+            "INSERT INTO tasks (ticket, group_id, env, task_key, position, state, drawn_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (ticket, group_id(ticket), task.env, task.key, position, State.DRAWN, time.time()),
         )
-        return group_id
+        self._next += 1
+        return ticket
 
-    def ready(self, group_id: str) -> None:
+    def ready(self, name: str) -> None:
         """Its group waits in the queue."""
-        self._move(group_id, (State.DRAWN,), State.READY)
+        self._move([name], State.DRAWN, State.READY)
 
-    def train(self, group_id: str, version: int) -> None:
-        """Its group is part of policy version `version`."""
-        self._move(group_id, (State.READY,), State.TRAINED, version=version)
+    def train(self, names: Sequence[str], version: int) -> None:
+        """These groups, all of them or none, made policy version `version`."""
+        with self._transaction(durable=True):
+            self._move(names, State.READY, State.TRAINED, version=version)
 
-    def filter(self, group_id: str, reason: str) -> None:
+    def filter(self, name: str, reason: str) -> None:
         """Its group cannot train."""
-        self._move(group_id, (State.DRAWN,), State.FILTERED, reason)
+        self._move([name], State.DRAWN, State.FILTERED, reason)
+
+    def abandon(self, name: str, reason: str) -> None:
+        """Its group cannot be finished any more."""
+        self._move([name], State.DRAWN, State.ABANDONED, reason)
+
+    def restart(self, name: str) -> None:
+        """Its group was cut off, and starts again."""
+        self._db.execute("UPDATE tasks SET attempt = attempt + 1 WHERE group_id = ? AND state = ?", (name, State.DRAWN))
 
     def abandon_open(self, reason: str) -> int:
         """Every task that is not in a final state gets one. Returns how many."""
         return self._db.execute(
-            "UPDATE tasks SET state = ?, reason = ?, ended_at = ? WHERE state IN (?, ?)",
-            (State.ABANDONED, reason, time.time(), State.DRAWN, State.READY),
+            "UPDATE tasks SET state = ?, reason = ?, ended_at = ? WHERE state IN ('drawn', 'ready')",
+            (State.ABANDONED, reason, time.time()),
         ).rowcount
 
-    def _move(self, group_id: str, wanted: tuple[State, ...], state: State, reason: str = "", version: int | None = None) -> None:
-        ended = None if state is State.READY else time.time()
-        marks = ", ".join("?" * len(wanted))
-        changed = self._db.execute(
-            f"UPDATE tasks SET state = ?, reason = ?, version = ?, ended_at = ? WHERE group_id = ? AND state IN ({marks})",
-            (state, reason, version, ended, group_id, *wanted),
-        ).rowcount
-        if changed != 1:
-            row = self._db.execute("SELECT state FROM tasks WHERE group_id = ?", (group_id,)).fetchone()
-            raise RuntimeError(
-                f"ledger: {group_id} cannot become {state.value}: it is {row[0] if row else 'unknown'}, wanted {' or '.join(wanted)}"
-            )
+    # --- what is known --------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The last policy version that was trained; 0 before the first."""
+        return int(self._db.execute("SELECT coalesce(max(version), 0) FROM tasks WHERE version IS NOT NULL").fetchone()[0])
+
+    def batch(self, version: int) -> list[str]:
+        """The groups that made `version`, in the order in which they were trained."""
+        return [row[0] for row in self._db.execute("SELECT group_id FROM tasks WHERE version = ? ORDER BY ticket", (version,))]
+
+    def open(self) -> list[Entry]:
+        """Tasks without a final state, in the order in which they were drawn."""
+        columns = "ticket, group_id, env, task_key, position, attempt, state"
+        rows = self._db.execute(f"SELECT {columns} FROM tasks WHERE state IN ('drawn', 'ready') ORDER BY ticket").fetchall()
+        return [
+            Entry(ticket=t, group_id=g, env=e, task_key=k, position=p, attempt=a, state=State(s)) for t, g, e, k, p, a, s in rows
+        ]  # fmt: skip
+
+    def trained_after(self, ticket: int) -> list[int]:
+        """Tickets above `ticket` whose groups have been trained: those that overtook it."""
+        return [row[0] for row in self._db.execute("SELECT ticket FROM tasks WHERE ticket > ? AND state = 'trained'", (ticket,))]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """{env: {"position": where its stream goes on, and each state: how many}}."""
+        counts: dict[str, dict[str, int]] = {}
+        rows = self._db.execute("SELECT env, state, count(*), max(position) FROM tasks GROUP BY env, state")
+        for env, state, count, position in rows:
+            mine = counts.setdefault(env, {"position": 0, **dict.fromkeys(State, 0)})
+            mine[state] = count
+            mine["position"] = max(mine["position"], position + 1)
+        return counts
 
     def close(self) -> None:
         self._db.close()
 
+    def _move(self, names: Sequence[str], wanted: State, state: State, reason: str = "", version: int | None = None) -> None:
+        ended = None if state is State.READY else time.time()
+        for name in names:
+            changed = self._db.execute(
+                "UPDATE tasks SET state = ?, reason = ?, version = ?, ended_at = ? WHERE group_id = ? AND state = ?",
+                (state, reason, version, ended, name, wanted),
+            ).rowcount
+            if changed != 1:
+                row = self._db.execute("SELECT state FROM tasks WHERE group_id = ?", (name,)).fetchone()
+                raise LedgerError(
+                    f"ledger: {name} cannot become {state.value}: it is {row[0] if row else 'unknown'}, wanted {wanted.value}"
+                )
+
+    @contextmanager
+    def _transaction(self, *, durable: bool) -> Iterator[None]:
+        """All or nothing; with `durable`, on disk when it is left, with all that was written before it."""
+        self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        else:
+            self._db.execute("COMMIT")
+        finally:
+            self._db.execute("PRAGMA synchronous=NORMAL")
+
 
 def read_balance(path: Path) -> list[Balance]:
-    """The sums per environment, of a finished or a running run."""
+    """The sums per environment, of a finished or a running run.
+
+    What was drawn is counted by tickets, which have no gaps; what became of it by states: a lost or doubled row shows.
+    """
     db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     try:
-        rows = db.execute("SELECT env, state, reason, count(*) FROM tasks GROUP BY env, state, reason ORDER BY env").fetchall()
+        rows = db.execute("SELECT env, state, reason, count(*), sum(attempt > 1) FROM tasks GROUP BY env, state, reason").fetchall()
+        positions = dict(db.execute("SELECT env, max(position) + 1 FROM tasks GROUP BY env").fetchall())
     finally:
         db.close()
     balances = []
     for env in sorted({r[0] for r in rows}):
-        mine = [(state, reason, n) for e, state, reason, n in rows if e == env]
-        count = {s: sum(n for state, _, n in mine if state == s) for s in State}
+        mine = [row[1:] for row in rows if row[0] == env]
+        count = {s: sum(n for state, _, n, _ in mine if state == s) for s in State}
         reasons: dict[str, int] = {}
-        for state, reason, n in mine:
+        for state, reason, n, _ in mine:
             if reason:
                 reasons[f"{state}: {reason}"] = reasons.get(f"{state}: {reason}", 0) + n
         balances.append(
             Balance(
-                env=env, drawn=sum(n for _, _, n in mine), open=count[State.DRAWN] + count[State.READY], trained=count[State.TRAINED],
-                filtered=count[State.FILTERED], abandoned=count[State.ABANDONED], reasons=reasons,
+                env=env, drawn=positions[env], open=count[State.DRAWN] + count[State.READY], trained=count[State.TRAINED],
+                filtered=count[State.FILTERED], abandoned=count[State.ABANDONED], restarted=sum(row[3] for row in mine), reasons=reasons,
             )
         )  # fmt: skip
     return balances

@@ -21,8 +21,10 @@ Proof of arrival. Each engine returns fresh completions sampled entirely under t
 recomputes their logprobs before the optimizer may replace those weights: no version is left unproved.
 
 Failure. A rollout that breaks is data: it is masked out of its group. A group without enough good rollouts is filtered, with a
-reason. Anything that raises (engine, learner, our own bug) cancels the rest and ends the run with its cause. Every wait
-has a bound and a sentence.
+reason; an environment whose groups keep breaking is paused and probed (rl_core/breaker.py). Queue and learner restart by themselves
+(rl_core/durable.py), workers in their pool. Anything else that raises cancels the rest and ends the run with its cause.
+Every wait has a bound and a sentence. A run that ended early, by a stop or by a kill, goes on from its ledger and its journal
+(rl_core/recovery.py): `record.group` has made a group durable before the ledger calls it ready.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from rl_core.breaker import Breaker
 from rl_core.config import LoopConfig
-from rl_core.ledger import Ledger
+from rl_core.ledger import Ledger, group_id
 from rl_core.metrics import StepMetrics
 from rl_core.mixer import Mixer
+from rl_core.recovery import Unfinished
 from rl_core.seams import GroupResult, Learner, Ref, RolloutWorkers
 from rl_core.types import EpisodeSpec, Receipt, Task
 
@@ -52,6 +56,9 @@ MAX_FILTERED_IN_A_ROW = 512
 
 MIN_TRAINABLE = 2
 """Good rollouts that a group needs for a baseline."""
+
+BROKEN = ("infra_error", "verifier_error", "hack_suspected")
+"""Ends of an episode that do not train."""
 
 
 class RunError(RuntimeError):
@@ -68,9 +75,16 @@ class Queue(Protocol):
 
 
 class Record(Protocol):
-    """Keeps what happened. Called for every finished group and every step."""
+    """Keeps what happened."""
 
-    async def group(self, result: GroupResult) -> None: ...
+    async def group(self, result: GroupResult) -> None:
+        """A group finished. It is durable when this returns."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something that a person should see once."""
+        ...
+
     async def step(self, step: int, version: int, metrics: dict[str, float]) -> None: ...
 
 
@@ -102,9 +116,15 @@ async def train(
     version: int,
     stop: asyncio.Event,
     checkpoint_every: int = 0,
+    unfinished: Unfinished | None = None,
 ) -> int:
-    """Train from `version` to `cfg.steps`, or until `stop` is set; returns the version that every engine samples from at the end."""
-    slots = asyncio.Semaphore(Budget.of(cfg).slots)
+    """Train from `version` to `cfg.steps`, or until `stop` is set; returns the version that every engine samples from at the end.
+
+    `unfinished` is what an earlier process of this run left to do; `queue` holds it already.
+    """
+    unfinished = unfinished or Unfinished()
+    slots = asyncio.Semaphore(Budget.of(cfg).slots - len(unfinished.queue))
+    breaker = Breaker(mixer.streams, now=asyncio.get_running_loop().time, note=record.note)
     arrived = asyncio.Event()
     metrics = StepMetrics(first_version=version, last_version=cfg.steps)
     filtered_in_a_row = itertools.count(1)
@@ -112,21 +132,26 @@ async def train(
     async def generate() -> None:
         """Start one group per free slot, for ever."""
         async with asyncio.TaskGroup() as running:
-            for ticket in itertools.count():
+            for ticket, task in unfinished.cut_off.items():
+                running.create_task(roll_out(ticket, task))
+            while True:
                 await slots.acquire()
-                task = mixer.draw()
-                group_id = ledger.draw(task)
+                task, position = mixer.draw(among=await breaker.usable())
+                breaker.drawn(task.env)
+                ticket = ledger.draw(task, position)
                 await queue.start(ticket)
-                running.create_task(roll_out(ticket, group_id, task))
+                running.create_task(roll_out(ticket, task))
 
-    async def roll_out(ticket: int, group_id: str, task: Task) -> None:
+    async def roll_out(ticket: int, task: Task) -> None:
         """One group, from its task to the queue, or out of the run with a reason."""
         nonlocal filtered_in_a_row
-        result = await workers.run_group(group_id, task, specs[task.env])
+        name = group_id(ticket)
+        result = await workers.run_group(name, task, specs[task.env])
         await record.group(result)
         metrics.finished(result)
+        breaker.finished(task.env, broken=is_broken(result))
         if reason := unusable(result):
-            ledger.filter(group_id, reason)
+            ledger.filter(name, reason)
             mixer.filtered(task.env)
             await queue.drop(ticket)
             slots.release()
@@ -135,7 +160,7 @@ async def train(
                     f"{MAX_FILTERED_IN_A_ROW} groups in a row could not train (last: {task.env!r}, {reason}); see `polyrl ledger latest`"
                 )
         else:
-            ledger.ready(group_id)
+            ledger.ready(name)
             filtered_in_a_row = itertools.count(1)
             await queue.put(ticket, result)
         arrived.set()
@@ -180,16 +205,17 @@ async def train(
         await prove_arrival(await publishing)
         stats, weights = await bounded(learner.apply(), cfg.stall_s, "the optimizer step took too long")
         version = stats.version
+        ledger.train([group.group_id for group in batch], version)
         for group in batch:
-            ledger.train(group.group_id, version)
             mixer.trained(group.env)
         published = loop.create_task(publish(version, weights, batch))
         await record.step(version, version, metrics.close_step(stats, batch, mixer, waited, time.monotonic() - began))
         return published
 
     async with asyncio.TaskGroup() as loop:
-        generation = loop.create_task(generate())
         publishing: asyncio.Task[Sequence[Receipt]] = loop.create_task(publish(version, weights, []))
+        await asyncio.wait({publishing})  # no group starts under weights that are older than the learner's
+        generation = loop.create_task(generate())
         while version < cfg.steps:
             published = await step_forward(publishing)
             if published is None:
@@ -199,19 +225,26 @@ async def train(
                 await learner.save()
         await prove_arrival(await publishing)
         generation.cancel()
-    ledger.abandon_open("the run ended")
+    if not stop.is_set():
+        ledger.abandon_open("the run ended")
     return version
 
 
 def unusable(result: GroupResult) -> str:
     """Why a group cannot train, or "" if it can."""
-    if result.num_trainable < MIN_TRAINABLE:
-        broken = [s for s in result.statuses if s in ("infra_error", "verifier_error", "hack_suspected")]
-        return f"only {result.num_trainable} good rollouts ({', '.join(sorted(set(broken)))})"
+    if broken := is_broken(result):
+        return broken
     if not result.has_signal:
         solved = result.rewards[0] > 0
         return "no signal: all rewards are equal" + (" (solved)" if solved else " (unsolved)")
     return ""
+
+
+def is_broken(result: GroupResult) -> str:
+    """How a group broke that says nothing about the policy, or "" if it did not break."""
+    if result.num_trainable >= MIN_TRAINABLE:
+        return ""
+    return f"only {result.num_trainable} good rollouts ({', '.join(sorted({s for s in result.statuses if s in BROKEN}))})"
 
 
 def check_staleness(batch: Sequence[GroupResult], version: int, max_staleness: int) -> None:

@@ -7,10 +7,13 @@ nor over-represented, and one whose groups often carry no signal is sampled more
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from rl_core.types import Task
+
+Source = Callable[[int], Iterator[Task]]
+"""An environment's tasks from a position on, without end, the same whenever it is asked."""
 
 MIN_YIELD = 0.25
 """An environment is sampled at most 1 / MIN_YIELD times its share. One that is solved, or hopeless, would otherwise take all
@@ -26,11 +29,11 @@ class Stream:
 
     tasks: Iterator[Task]
     share: float  # normalised over the mixture
+    position: int = 0  # of the next task in the environment's source
     running: int = 0
     trained: int = 0
     filtered: int = 0
     yielded: float = 0.7  # running estimate of P(a started group trains); a guess until groups have come back
-    _drawn: int = field(default=0)
 
     @property
     def expected(self) -> float:
@@ -45,20 +48,34 @@ class Stream:
 class Mixer:
     """Feedback over the environments' shares."""
 
-    def __init__(self, tasks: Mapping[str, Iterator[Task]], shares: Mapping[str, float]) -> None:
-        if set(tasks) != set(shares) or not tasks:
-            raise ValueError(f"task sources {sorted(tasks)} and shares {sorted(shares)} must name the same environments, at least one")
+    def __init__(self, sources: Mapping[str, Source], shares: Mapping[str, float]) -> None:
+        if set(sources) != set(shares) or not sources:
+            raise ValueError(f"task sources {sorted(sources)} and shares {sorted(shares)} must name the same environments, at least one")
         total = sum(shares.values())
-        self.streams = {name: Stream(tasks=tasks[name], share=shares[name] / total) for name in tasks}
+        self._sources = dict(sources)
+        self.streams = {name: Stream(tasks=sources[name](0), share=shares[name] / total) for name in sources}
 
-    def draw(self) -> Task:
-        """The next task, under the environment's name in this run."""
+    def resume(self, env: str, *, position: int, running: int, trained: int, filtered: int) -> None:
+        """Go on where an earlier process of the same run stopped."""
+        stream = self.streams[env]
+        stream.tasks, stream.position = self._sources[env](position), position
+        stream.running, stream.trained, stream.filtered = running, trained, filtered
+        if trained + filtered:
+            stream.yielded = trained / (trained + filtered)
+
+    def task_at(self, env: str, position: int) -> Task:
+        """A task that was drawn before."""
+        return replace(next(self._sources[env](position)), env=env)
+
+    def draw(self, among: Collection[str] | None = None) -> tuple[Task, int]:
+        """The next task, under the environment's name in this run, and its position there. `among`: only these environments."""
         total = sum(s.expected for s in self.streams.values())
-        name = max(self.streams, key=lambda n: self.streams[n].share * (total + 1) - self.streams[n].expected)
+        names = [n for n in self.streams if among is None or n in among]
+        name = max(names, key=lambda n: self.streams[n].share * (total + 1) - self.streams[n].expected)
         stream = self.streams[name]
         stream.running += 1
-        stream._drawn += 1
-        return replace(next(stream.tasks), env=name)
+        stream.position += 1
+        return replace(next(stream.tasks), env=name), stream.position - 1
 
     def trained(self, env: str) -> None:
         """A group of `env` was trained."""
@@ -79,7 +96,3 @@ class Mixer:
         """Share of trained groups so far; 0 before the first."""
         total = sum(s.trained for s in self.streams.values())
         return self.streams[env].trained / total if total else 0.0
-
-    def positions(self) -> dict[str, int]:
-        """Tasks drawn per environment: where its task source resumes."""
-        return {name: s._drawn for name, s in self.streams.items()}

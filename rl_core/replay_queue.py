@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 
 from rl_core.seams import GroupResult
 
@@ -32,6 +33,15 @@ class ReplayQueue:
             raise ValueError(f"ticket {ticket} after {self._last}: tickets must rise")
         self._running[ticket] = None
         self._last = ticket
+
+    def restore(self, groups: Mapping[int, GroupResult | None], overtakers: Sequence[int]) -> None:
+        """Go on where another queue stopped: `groups` that run (None) or are ready, and what overtook the oldest running one."""
+        for ticket in sorted(groups):
+            self.start(ticket)
+            result = groups[ticket]
+            if result is not None:
+                self.put(ticket, result)
+        self._overtakers = list(overtakers)
 
     def put(self, ticket: int, result: GroupResult) -> None:
         """The group of `ticket` is ready to train. Putting it twice is an error: nothing is counted twice (invariant 4)."""

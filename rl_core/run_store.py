@@ -5,6 +5,7 @@
         events.jsonl               one event per line, appended as it happens (rl_core/events.py)
         rollouts/part-00000.parquet  every rollout, in segments that appear whole or not at all
         ledger.sqlite              where every task went (rl_core/ledger.py)
+        journal/                   finished groups that a resumed run would need (rl_core/journal.py)
         checkpoints/               written by the learner
         curves.png, report.html    drawn at the end, and again by `polyrl curves`
 
@@ -207,9 +208,12 @@ class StoredRun:
     @property
     def state(self) -> str:
         """finished, stopped, failed; or running; or killed, if its process ended without a word."""
-        finished = [e for e in self.events() if e.kind == "run_finished"]
-        if finished:
-            return str(finished[-1].data["outcome"])
+        last = None
+        for event in self.events():
+            if event.kind in ("run_started", "run_finished"):
+                last = event
+        if last is not None and last.kind == "run_finished":
+            return str(last.data["outcome"])
         return "running" if _is_locked(self.run_dir / "events.jsonl") else "killed"
 
     def events(self) -> Iterator[Event]:
@@ -258,7 +262,7 @@ def _row(group: Group, rollout: Rollout, label: str, step: int | None, *, keep_t
         "components": json.dumps(dict(verdict.components)),
         "evidence": json.dumps(dict(verdict.evidence)),
         "messages": json.dumps([{"role": m.role, "content": m.content} for m in rollout.messages]),
-        "num_prompt_tokens": _prompt_tokens(rollout),
+        "num_prompt_tokens": rollout.num_prompt,
         "num_sampled_tokens": rollout.num_sampled,
         "min_version": min(versions, default=None),
         "max_version": max(versions, default=None),
@@ -274,14 +278,6 @@ def _row(group: Group, rollout: Rollout, label: str, step: int | None, *, keep_t
         row["token_ids"] = [c.token_ids.tolist() for c in completions]
         row["logprobs"] = [c.logprobs.tolist() for c in completions]
     return row
-
-
-def _prompt_tokens(rollout: Rollout) -> int:
-    """Tokens of the conversation that the policy did not sample: the last prompt, less the turns sampled before it."""
-    if not rollout.completions:
-        return 0
-    last = rollout.completions[-1]
-    return max(0, len(last.prompt_ids) - (rollout.num_sampled - len(last.token_ids)))
 
 
 def _end_torn_line(path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rl_core.types import Agreement, Completion, EpisodeSpec, Message, Receipt, SamplingParams, StepStats, Task, Turn, Verdict
+from rl_core.types import Agreement, Completion, EpisodeSpec, Group, Message, Receipt, SamplingParams, StepStats, Task, Turn, Verdict
 
 Ref = Any
 
@@ -82,6 +82,29 @@ class GroupResult:
     accepted: int
     engine_steps: int
     seconds: float
+
+    @staticmethod
+    def of(group: Group, seconds: float, ref: Ref = None) -> GroupResult:
+        """What is to be known of `group`; whoever owns its reference fills that in."""
+        completions = [c for r in group.rollouts for c in r.completions]
+        return GroupResult(
+            ref=ref,
+            group_id=group.id,
+            env=group.task.env,
+            task_key=group.task.key,
+            num_trainable=len(group.trainable),
+            has_signal=group.has_signal,
+            min_version=group.min_version,
+            max_version=group.max_version,
+            rewards=tuple(float(r.verdict.reward) for r in group.trainable if r.verdict.reward is not None),
+            statuses=tuple(r.verdict.status.value for r in group.rollouts),
+            sampled_tokens=sum(r.num_sampled for r in group.rollouts),
+            prompt_tokens=sum(r.num_prompt for r in group.rollouts),
+            drafted=sum(c.drafted for c in completions),
+            accepted=sum(c.accepted for c in completions),
+            engine_steps=sum(c.engine_steps for c in completions),
+            seconds=seconds,
+        )
 
 
 class RolloutWorkers(Protocol):

@@ -166,6 +166,11 @@ class Rollout:
         return sum(len(c.token_ids) for c in self.completions)
 
     @property
+    def num_prompt(self) -> int:
+        """Tokens of the conversation that the policy read and did not write."""
+        return len(self.completions[-1].prompt_ids) - self.num_sampled + len(self.completions[-1].token_ids) if self.completions else 0
+
+    @property
     def min_version(self) -> int | None:
         """Policy version of the oldest sampled token; None if nothing was sampled."""
         return min((s.version for c in self.completions for s in c.spans), default=None)
@@ -191,6 +196,10 @@ class Group:
     @property
     def min_version(self) -> int | None:
         return min((v for r in self.rollouts if (v := r.min_version) is not None), default=None)
+
+    @property
+    def max_version(self) -> int | None:
+        return max((s.version for r in self.rollouts for c in r.completions for s in c.spans), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -143,10 +143,3 @@ async def close(session: EnvSession) -> None:
             await session.close()
     except Exception:
         log.warning("closing a session failed", exc_info=True)
-
-
-def prompt_tokens(completions: Sequence[Completion]) -> int:
-    """Tokens of an episode that the policy read and did not write."""
-    if not completions:
-        return 0
-    return len(completions[-1].prompt_ids) - sum(len(c.token_ids) for c in completions[:-1])

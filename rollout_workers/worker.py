@@ -21,7 +21,7 @@ from rl_core.config import RolloutConfig
 from rl_core.seams import GroupResult, Observation, Transition
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, Status, Task, Turn
 from rollout_workers.engine import Engine, EngineError
-from rollout_workers.episode import prompt_tokens, run_episode
+from rollout_workers.episode import run_episode
 
 EPISODES_PER_SEQUENCE = 1.5
 """Episodes under way for each sequence that the engine decodes at a time: some are always waiting for an environment."""
@@ -67,7 +67,7 @@ class RolloutWorker:
         except* EngineError as several:
             raise several.exceptions[0] from None  # one cause, of a class that the pool knows
         group = Group(id=group_id, task=task, rollouts=tuple(r.result() for r in running))
-        return group, summarize(group, loop.time() - began)
+        return group, GroupResult.of(group, loop.time() - began)
 
     async def load_weights(self, version: int, blob: NDArray[np.uint8]) -> Receipt:
         return await self.engine.load_weights(version, blob)
@@ -128,29 +128,6 @@ def seeded(spec: EpisodeSpec, index: int) -> EpisodeSpec:
     if spec.sampling.seed is None:
         return spec
     return replace(spec, sampling=replace(spec.sampling, seed=(spec.sampling.seed + 104_729 * index) % 2**31))
-
-
-def summarize(group: Group, seconds: float) -> GroupResult:
-    """What the loop needs to know of a group, without its payload."""
-    completions = [c for r in group.rollouts for c in r.completions]
-    return GroupResult(
-        ref=None,
-        group_id=group.id,
-        env=group.task.env,
-        task_key=group.task.key,
-        num_trainable=len(group.trainable),
-        has_signal=group.has_signal,
-        min_version=group.min_version,
-        max_version=max((s.version for c in completions for s in c.spans), default=None),
-        rewards=tuple(float(r.verdict.reward) for r in group.trainable if r.verdict.reward is not None),
-        statuses=tuple(r.verdict.status.value for r in group.rollouts),
-        sampled_tokens=sum(r.num_sampled for r in group.rollouts),
-        prompt_tokens=sum(prompt_tokens(r.completions) for r in group.rollouts),
-        drafted=sum(c.drafted for c in completions),
-        accepted=sum(c.accepted for c in completions),
-        engine_steps=sum(c.engine_steps for c in completions),
-        seconds=seconds,
-    )
 
 
 def to_file(path: str) -> None:

@@ -304,6 +304,8 @@ class _Container:
     def _hang_up(self) -> None:
         if self._stream is not None:
             with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # closing alone leaves it open for as long as the HTTP response holds it
+            with contextlib.suppress(OSError):
                 self._stream.close()
             self._stream = None
 

@@ -1,20 +1,24 @@
-"""polyrl run, polyrl submit: start a run here, or as a Ray job."""
+"""polyrl run, polyrl submit, polyrl resume: start a run here or as a Ray job, or go on with one."""
 
 from __future__ import annotations
 
 import os
 import signal
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infra.cli.common import Overrides, draw, finish
+from infra.cli.common import Overrides, RunName, RunsDir, draw, finish
+from infra.errors import UsageError
 from infra.preflight import preflight
+from infra.run_state import fold
 from infra.view import EventLines, make_view
-from rl_core.config import RunConfig, load_config
-from rl_core.run_store import StoredRun, create_run_dir
+from rl_core.config import RunConfig, load_config, to_yaml
+from rl_core.run_store import RunStore, StoredRun, create_run_dir
 
 if TYPE_CHECKING:
     from infra.jobs import Head
@@ -25,6 +29,7 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of
 def register(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("submit")(submit)
+    app.command("resume")(resume)
 
 
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
@@ -34,7 +39,63 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 
     from infra import launch  # Ray, and with it seconds: only now that the config is known to be right
 
-    run_dir = create_run_dir(checked)
+    _launch(launch, checked, create_run_dir(checked))
+
+
+def resume(run: RunName = "latest", overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Go on with RUN where it stopped, was killed or failed; no step is trained twice.
+
+    Of its config, the end (loop.steps) and what does not touch its results may be changed: eval.*, rollout.*, sandbox,
+    loop.stall_s, learner.checkpoint_every.
+    """
+    stored = RunStore.find(runs_dir, run)
+    state = stored.state
+    if state == "running":
+        raise UsageError(f"run {stored.id} is running; stop it first")
+    path = stored.run_dir / "config.yaml"
+    before, checked = load_config(path), load_config(path, overrides or [])
+    refuse_changes(before, checked)
+    steps = fold(stored.events()).version
+    if state == "finished" and steps >= checked.loop.steps:
+        raise UsageError(
+            f"run {stored.id} has finished its {steps} steps; to train it further: polyrl resume {stored.id} loop.steps={2 * steps}"
+        )
+    preflight(checked)
+
+    from infra import launch
+
+    path.write_text(to_yaml(checked), encoding="utf-8")
+    _launch(launch, checked, stored.run_dir)
+
+
+MAY_CHANGE = ("loop.steps", "loop.stall_s", "eval.", "rollout.", "sandbox", "learner.checkpoint_every")
+"""Keys that a resumed run may have otherwise than before; with any other it would not be the same run."""
+
+
+def refuse_changes(before: RunConfig, after: RunConfig) -> None:
+    """Raise UsageError for the first changed key that would make it another run."""
+    old, new = flat(before), flat(after)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
+            raise UsageError(
+                f"{key} was {old.get(key)} and cannot become {new.get(key)} in the same run; start a new one from its newest checkpoint "
+                f"with model.path=RUN/checkpoints/STEP/model"
+            )
+
+
+def flat(config: RunConfig) -> dict[str, str]:
+    """{dotted key: value} of a config's leaves."""
+
+    def walk(prefix: str, value: object) -> dict[str, str]:
+        if isinstance(value, dict) and value:
+            return {k: v for name, child in value.items() for k, v in walk(f"{prefix}.{name}" if prefix else str(name), child).items()}
+        return {prefix: repr(value)}
+
+    return walk("", asdict(config))
+
+
+def _launch(launch: ModuleType, checked: RunConfig, run_dir: Path) -> None:
+    """Run in `run_dir` to the end, show it, and leave with its exit code."""
     followed = os.environ.get("POLYRL_EVENTS") == "stdout"  # by whoever reads our output, who will also say how it ended
     view = None if followed else make_view()
     try:

@@ -26,9 +26,9 @@ def group_result(**changes: Any) -> GroupResult:
     return GroupResult(**(values | changes))
 
 
-def tasks(env: str) -> Iterator[Task]:
+def tasks(env: str, start: int = 0) -> Iterator[Task]:
     """Tasks without content, without end."""
-    index = 0
+    index = start
     while True:
         yield Task(env=env, key=f"{env}-{index}", split="train", seed=index, public={})
         index += 1
@@ -144,6 +144,10 @@ class Recorder:
     def __init__(self) -> None:
         self.groups: list[GroupResult] = []
         self.steps: list[dict[str, float]] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     async def group(self, result: GroupResult) -> None:
         self.groups.append(result)

@@ -165,11 +165,11 @@ def test_a_run_that_is_not_there_is_wrong_usage(polyrl: Call, tmp_path: Path) ->
 def test_the_ledger_adds_up_or_the_command_fails(polyrl: Call, tmp_path: Path) -> None:
     run = store_run(tmp_path / "one")
     ledger = Ledger(run / "ledger.sqlite")
-    for key in "abc":
-        ledger.draw(Task(env="math", key=key, split="train", seed=0, public={}))
+    for position, key in enumerate("abc"):
+        ledger.draw(Task(env="math", key=key, split="train", seed=0, public={}), position)
     ledger.filter("g000000", "no signal")
     ledger.ready("g000001")
-    ledger.train("g000001", 1)
+    ledger.train(["g000001"], 1)
     ledger.close()
     code, out, _ = polyrl("ledger", "--json", "--runs-dir", str(tmp_path))
     assert code == 0

@@ -11,7 +11,7 @@ import pytest
 
 from rl_core.seams import Observation, Transition
 from rl_core.types import Completion, EpisodeSpec, Message, Rollout, SamplingParams, Status, Task, Turn, Verdict, VersionSpan
-from rollout_workers.episode import CUT_OFF, MIN_ROOM, prompt_tokens, run_episode, turn_params
+from rollout_workers.episode import CUT_OFF, MIN_ROOM, run_episode, turn_params
 
 TASK = Task(env="letters", key="k", split="train", seed=0, public={})
 RIGHT = Verdict(status=Status.OK, reward=1.0)
@@ -112,7 +112,7 @@ async def test_each_prompt_is_the_earlier_prompt_its_answer_and_what_the_environ
         known = [*before.prompt_ids, *before.token_ids]
         assert after.prompt_ids[: len(known)].tolist() == known
         assert len(after.prompt_ids) > len(known)
-    assert prompt_tokens(rollout.completions) == 1 + 5 + 2 * (1 + 4)
+    assert rollout.num_prompt == 1 + 5 + 2 * (1 + 4)
 
 
 async def test_the_turn_limit_ends_an_episode_with_the_environments_verdict() -> None:

@@ -151,7 +151,7 @@ def test_prompt_tokens_of_several_turns_do_not_count_what_the_policy_sampled() -
     from dataclasses import replace
 
     rollout = replace(group().rollouts[0], completions=(completion(3, prompt=5), completion(4, prompt=5 + 3 + 2)))
-    assert run_store._prompt_tokens(rollout) == 7
+    assert rollout.num_prompt == 7
 
 
 @pytest.mark.parametrize(("ending", "state"), [(True, "finished"), (False, "killed")])

@@ -1,0 +1,222 @@
+"""Parts of a run that may die, made to go on: the replay queue and the learner.
+
+    DurableQueue     keeps what the queue knows; a new queue starts from it
+    DurableLearner   checkpoint + the batches trained since = the weights: a new learner does those steps again
+
+Both wrap whatever the composition root starts (actors in a run, fakes in a simulation), and know its deaths by their class.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from rl_core.seams import GroupResult, Ref
+from rl_core.types import Agreement, Completion, StepStats
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+Deaths = tuple[type[BaseException], ...]
+
+MAX_DEATHS_IN_A_ROW = 5
+"""Deaths of one part without a step in between, after which the run ends: the part dies of what it is asked to do."""
+
+
+class RawQueue(Protocol):
+    """A `ReplayQueue`, wherever it runs. Calls reach it in the order in which they are made."""
+
+    def restore(self, groups: Mapping[int, GroupResult | None], overtakers: Sequence[int]) -> Awaitable[None]: ...
+    def start(self, ticket: int) -> Awaitable[None]: ...
+    def put(self, ticket: int, result: GroupResult) -> Awaitable[None]: ...
+    def drop(self, ticket: int) -> Awaitable[None]: ...
+    def take(self, count: int) -> Awaitable[list[GroupResult]]: ...
+
+
+class DurableQueue:
+    """A replay queue that survives its actor. References to groups are held here, so they survive it too.
+
+    The note of a change is made, and the change sent, without a pause in between: a queue that is made anew from the notes holds
+    all that was sent to the old one.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], RawQueue],
+        deaths: Deaths,
+        groups: Mapping[int, GroupResult | None] | None = None,
+        overtakers: Sequence[int] = (),
+    ) -> None:
+        self._make, self._deaths = make, deaths
+        self._groups = dict(groups or {})
+        self._overtakers = list(overtakers)
+        self._queue = make()
+        self._restoring: Awaitable[None] | None = None
+        self.restarts = 0
+
+    async def open(self) -> None:
+        """Hand on what the queue starts with."""
+        await self._send("restore", dict(self._groups), list(self._overtakers))
+
+    async def start(self, ticket: int) -> None:
+        self._groups[ticket] = None
+        await self._send("start", ticket)
+
+    async def put(self, ticket: int, result: GroupResult) -> None:
+        self._groups[ticket] = result
+        await self._send("put", ticket, result)
+
+    async def drop(self, ticket: int) -> None:
+        del self._groups[ticket]
+        await self._send("drop", ticket)
+
+    async def take(self, count: int) -> list[GroupResult]:
+        taken: list[GroupResult] | None = None
+        while taken is None:
+            taken = await self._send("take", count)
+        tickets = {r.group_id: t for t, r in self._groups.items() if r is not None} if taken else {}
+        mine = [tickets[r.group_id] for r in taken]
+        for ticket in mine:
+            del self._groups[ticket]
+        oldest = min((t for t, r in self._groups.items() if r is None), default=None)
+        self._overtakers = [] if oldest is None else [t for t in (*self._overtakers, *mine) if t > oldest]
+        return taken
+
+    async def _send(self, method: str, *arguments: Any) -> Any:
+        """The queue's answer, or None if it died: a new one has what this call said."""
+        queue = self._queue
+        try:
+            answer = await getattr(queue, method)(*arguments)
+        except self._deaths as death:
+            if self._queue is queue:
+                self._revive(death)
+            return None
+        self.restarts = 0
+        return answer
+
+    def _revive(self, death: BaseException) -> None:
+        self.restarts += 1
+        if self.restarts > MAX_DEATHS_IN_A_ROW:
+            raise RuntimeError(f"the replay queue died {self.restarts} times in a row; the last time: {death}") from death
+        log.warning("the replay queue died (%s); a new one goes on with %d groups", death, len(self._groups))
+        self._queue = self._make()
+        restored = self._queue.restore(dict(self._groups), list(self._overtakers))
+        self._restoring = asyncio.ensure_future(_quietly(restored, self._deaths))
+
+
+async def _quietly(work: Awaitable[None], deaths: Deaths) -> None:
+    """A queue that dies while it is restored is found dead by the next call."""
+    with contextlib.suppress(*deaths):
+        await work
+
+
+class RawLearner(Protocol):
+    """A learner that may die; see `rl_core.seams.Learner`."""
+
+    version: int
+
+    async def accumulate(self, groups: Sequence[Ref]) -> dict[str, float]: ...
+    async def agreement(self, completions: Sequence[Completion]) -> Agreement: ...
+    async def apply(self) -> tuple[StepStats, Ref]: ...
+    async def snapshot(self) -> tuple[int, Ref]: ...
+    async def save(self) -> str: ...
+    async def aclose(self) -> None: ...
+
+
+class DurableLearner:
+    """Implements `rl_core.seams.Learner`. No step is trained twice: the steps done again rebuild what died with the old process.
+
+    Done again, a step gives the same weights, to the bit where the arithmetic is deterministic (one CPU thread), else to rounding.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[[], Awaitable[RawLearner]],
+        batch: Callable[[int], Awaitable[Sequence[Ref]]],
+        deaths: Deaths,
+        *,
+        on_saved: Callable[[int], None] = lambda version: None,
+    ) -> None:
+        """`launch` starts a learner from the newest checkpoint. `batch` gives the groups that made a version."""
+        self._launch, self._batch, self._deaths, self._on_saved = launch, batch, deaths, on_saved
+        self._learner: RawLearner | None = None
+        self._pending: Sequence[Ref] | None = None  # accumulated, not applied
+        self.version = 0
+        self.restarts = 0  # over the whole run
+        self._in_a_row = 0
+
+    async def open(self, version: int) -> list[StepStats]:
+        """Start, and do again what the newest checkpoint lacks of `version`; returns what those steps reported."""
+        self.version = version
+        try:
+            return await self._start()
+        except self._deaths as death:
+            return await self._recover(death)
+
+    async def accumulate(self, groups: Sequence[Ref]) -> dict[str, float]:
+        metrics: dict[str, float] = await self._ask(lambda learner: learner.accumulate(groups))
+        self._pending = list(groups)
+        return metrics
+
+    async def agreement(self, completions: Sequence[Completion]) -> Agreement:
+        return await self._ask(lambda learner: learner.agreement(completions))
+
+    async def apply(self) -> tuple[StepStats, Ref]:
+        stats, weights = await self._ask(lambda learner: learner.apply())
+        self.version, self._pending, self._in_a_row = stats.version, None, 0
+        return stats, weights
+
+    async def snapshot(self) -> tuple[int, Ref]:
+        return await self._ask(lambda learner: learner.snapshot())
+
+    async def save(self) -> str:
+        folder = await self._ask(lambda learner: learner.save())
+        self._on_saved(self.version)
+        return folder
+
+    async def aclose(self) -> None:
+        if self._learner is not None:
+            await self._learner.aclose()
+            self._learner = None
+
+    async def _ask(self, call: Callable[[RawLearner], Awaitable[T]]) -> T:
+        while True:
+            assert self._learner is not None, "DurableLearner.open() was not awaited"
+            try:
+                return await call(self._learner)
+            except self._deaths as death:
+                await self._recover(death)
+
+    async def _recover(self, death: BaseException) -> list[StepStats]:
+        """A new learner in the state in which the old one died; returns what the steps that it did again reported."""
+        while True:
+            self.restarts += 1
+            self._in_a_row += 1
+            if self._in_a_row > MAX_DEATHS_IN_A_ROW:
+                raise RuntimeError(f"the learner died {self._in_a_row} times in a row; the last time: {death}") from death
+            log.warning("the learner died (%s); it starts again from its newest checkpoint", death)
+            try:
+                await self.aclose()
+                done = await self._start()
+                if self._pending is not None:
+                    await self._learner.accumulate(self._pending)  # type: ignore[union-attr]
+                return done
+            except self._deaths as again:
+                death = again
+
+    async def _start(self) -> list[StepStats]:
+        learner = self._learner = await self._launch()
+        done = []
+        if learner.version > self.version:
+            raise RuntimeError(
+                f"the newest checkpoint is of version {learner.version}, the ledger ends at {self.version}: they are not of one run"
+            )
+        for version in range(learner.version + 1, self.version + 1):
+            await learner.accumulate(await self._batch(version))
+            stats, _ = await learner.apply()
+            assert stats.version == version, f"step {version} was done again and made version {stats.version}"
+            done.append(stats)
+        return done

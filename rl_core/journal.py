@@ -1,0 +1,197 @@
+"""The journal: finished groups, on disk before anybody counts on them.
+
+    group --> append (flushed) --> ledger: ready --> queue --> trained --> checkpoint --> pruned
+
+With the ledger it makes a run restartable: groups that waited in the queue go back there, and steps after the last checkpoint
+are done again from the very groups that made them. Arrow stream files: appended to, readable up to where a crash cut them off.
+One record batch for each group, one row for each completion; the rest is JSON beside it. Nothing here is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from rl_core.types import Completion, Group, Message, Rollout, Status, Task, Verdict, VersionSpan
+
+SEGMENT_BYTES = 64 << 20
+"""A segment is closed beyond this size; only closed ones can be pruned."""
+
+SCHEMA = pa.schema(
+    [
+        ("rollout", pa.int32()),  # index within the group
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("meta", pa.string()),  # JSON: spans, finish_reason, engine_steps, drafted, accepted
+    ]
+)
+OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")  # the G prompts of a group are equal
+
+
+class Journal(Protocol):
+    """Where finished groups survive."""
+
+    def append(self, group: Group) -> None:
+        """Durable when this returns. A group appended again replaces the earlier one."""
+        ...
+
+    def read(self, names: Collection[str]) -> dict[str, Group]:
+        """Those of the groups `names` that are there."""
+        ...
+
+    def prune(self, keep: Collection[str]) -> None:
+        """Free what holds none of the groups in `keep`."""
+        ...
+
+
+class GroupJournal:
+    """Segments in a folder. Thread-safe; one process writes."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._file: Any = None
+        self._writer: Any = None
+        self._held: dict[Path, set[str]] = {path: {name for name, _ in read_segment(path, None)} for path in segments(folder)}
+
+    def append(self, group: Group) -> None:
+        with self._lock:
+            if self._writer is None or self._file.tell() > SEGMENT_BYTES:
+                self._roll()
+            self._writer.write_batch(to_batch(group), custom_metadata={"group": header(group)})
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._held[Path(self._file.name)].add(group.id)
+
+    def read(self, names: Collection[str]) -> dict[str, Group]:
+        wanted = set(names)
+        found: dict[str, Group | None] = {}
+        with self._lock:
+            for path, held in self._held.items():  # oldest first: what was appended last counts
+                if wanted & held:
+                    found |= dict(read_segment(path, wanted))
+        return {name: group for name, group in found.items() if group is not None}
+
+    def prune(self, keep: Collection[str]) -> None:
+        kept = set(keep)
+        with self._lock:
+            self._close_segment()
+            for path in [p for p, held in self._held.items() if not held & kept]:
+                path.unlink(missing_ok=True)
+                del self._held[path]
+
+    def close(self) -> None:
+        with self._lock:
+            self._close_segment()
+
+    def _roll(self) -> None:
+        self._close_segment()
+        last = max((int(p.stem) for p in self._held), default=-1)
+        path = self._folder / f"{last + 1:06d}.arrow"
+        self._file = path.open("wb")
+        self._writer = pa.ipc.new_stream(self._file, SCHEMA, options=OPTIONS)
+        self._held[path] = set()
+
+    def _close_segment(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._file.close()
+            self._writer = self._file = None
+
+
+def segments(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("*.arrow"))
+
+
+def read_segment(path: Path, wanted: Collection[str] | None) -> Iterator[tuple[str, Group | None]]:
+    """(name, group) of every whole group in a segment; the group itself only of those `wanted`. Stops where a crash cut it off."""
+    with pa.OSFile(str(path)) as file:
+        try:
+            reader = pa.ipc.open_stream(file)
+            while True:
+                batch, metadata = reader.read_next_batch_with_custom_metadata()
+                head = json.loads(metadata["group"])
+                name = str(head["id"])
+                yield name, from_batch(head, batch) if wanted is not None and name in wanted else None
+        except (StopIteration, pa.ArrowInvalid, OSError):
+            return
+
+
+def header(group: Group) -> str:
+    """All of a group but its tokens."""
+    rollouts = [
+        {
+            "id": r.id, "worker": r.worker, "started_at": r.started_at, "seconds": r.seconds, "verdict": asdict(r.verdict),
+            "messages": [[m.role, m.content] for m in r.messages],
+        }
+        for r in group.rollouts
+    ]  # fmt: skip
+    return json.dumps({"id": group.id, "task": asdict(group.task), "rollouts": rollouts})
+
+
+def to_batch(group: Group) -> pa.RecordBatch:
+    """One row for each completion."""
+    rows = [(index, c) for index, r in enumerate(group.rollouts) for c in r.completions]
+    meta = [
+        json.dumps(
+            {
+                "spans": [[s.start, s.stop, s.version] for s in c.spans], "finish_reason": c.finish_reason,
+                "engine_steps": c.engine_steps, "drafted": c.drafted, "accepted": c.accepted,
+            }
+        )
+        for _, c in rows
+    ]  # fmt: skip
+    columns = [
+        pa.array([index for index, _ in rows], pa.int32()),
+        lists([c.prompt_ids for _, c in rows], np.int32),
+        lists([c.token_ids for _, c in rows], np.int32),
+        lists([c.logprobs for _, c in rows], np.float32),
+        pa.array(meta, pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def lists(arrays: Sequence[Any], dtype: Any) -> pa.ListArray:
+    """A column of lists, without a Python object per number."""
+    offsets = np.cumsum([0, *(len(a) for a in arrays)], dtype=np.int32)
+    values = np.concatenate([np.asarray(a, dtype) for a in arrays]) if arrays else np.empty(0, dtype)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def from_batch(head: dict[str, Any], batch: pa.RecordBatch) -> Group:
+    """The group again, number for number."""
+    completions: list[list[Completion]] = [[] for _ in head["rollouts"]]
+    for i, (index, meta) in enumerate(zip(batch["rollout"].to_pylist(), batch["meta"].to_pylist(), strict=True)):
+        values = json.loads(meta)
+        spans = tuple(VersionSpan(start=a, stop=b, version=v) for a, b, v in values.pop("spans"))
+        ids = {name: batch[name][i].values.to_numpy(zero_copy_only=False).copy() for name in ("prompt_ids", "token_ids", "logprobs")}
+        completions[index].append(Completion(**ids, spans=spans, **values))
+    rollouts = tuple(
+        Rollout(
+            id=r["id"],
+            env=head["task"]["env"],
+            task_key=head["task"]["key"],
+            completions=tuple(mine),
+            messages=tuple(Message(role=role, content=content) for role, content in r["messages"]),
+            verdict=Verdict(**(r["verdict"] | {"status": Status(r["verdict"]["status"])})),
+            worker=r["worker"],
+            started_at=r["started_at"],
+            seconds=r["seconds"],
+        )
+        for r, mine in zip(head["rollouts"], completions, strict=True)
+    )
+    return Group(id=head["id"], task=Task(**head["task"]), rollouts=rollouts)
+
+
+__all__ = ["GroupJournal", "Journal"]
