@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import random
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,36 +91,36 @@ class Chaos:
             [str(Path(sys.executable).parent / "polyrl"), *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
-        assert driver.stdout is not None
-        os.set_blocking(driver.stdout.fileno(), False)
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        reader = threading.Thread(target=_forward, args=(driver, lines), daemon=True)
+        reader.start()
         family: dict[int, psutil.Process] = {}
-        rest, was_killed = "", False
+        was_killed = False
         try:
             while driver.poll() is None:
                 time.sleep(POLL_S)
                 with contextlib.suppress(psutil.NoSuchProcess):
                     family |= {p.pid: p for p in psutil.Process(driver.pid).children(recursive=True)}
-                rest = self._read(rest + (driver.stdout.read() or ""))
+                self._read(lines)
                 if self._training and len(self.outcome.kills) < self.wanted and time.monotonic() >= self._due:
                     was_killed = self._kill(driver, family) or was_killed
-            self._read(rest + (driver.stdout.read() or "") + "\n")
+            reader.join(timeout=5)
+            self._read(lines)
         except BaseException:
-            driver.send_signal(signal.SIGINT)
-            driver.wait(60)
+            driver.kill()
             raise
         finally:
             self._settle(list(family.values()))
         return driver.returncode, was_killed
 
-    def _read(self, text: str) -> str:
-        """Follow the run's events; returns the unfinished last line."""
-        *lines, rest = text.split("\n")
-        for line in lines:
+    def _read(self, lines: queue.SimpleQueue[str]) -> None:
+        """Follow the run's events."""
+        while not lines.empty():
+            line = lines.get()
             if (event := parse_line(line)) is not None:
                 self._hear(event)
             elif "Error" in line or "Traceback" in line:
                 self.say("  | " + line[:300])
-        return rest
 
     def _hear(self, event: Event) -> None:
         if event.kind == "run_started":
@@ -162,6 +163,12 @@ class Chaos:
             self.outcome.left.append(title(process))
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def _forward(driver: subprocess.Popen[str], lines: queue.SimpleQueue[str]) -> None:
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        lines.put(line.rstrip("\n"))
 
 
 def title(process: psutil.Process) -> str:

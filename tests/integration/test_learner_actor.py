@@ -11,6 +11,7 @@ import pytest
 import ray
 import safetensors.torch
 
+from infra.ray_cluster import start_local
 from learner.actor import LearnerGroup
 from rl_core.config import EnvironmentConfig, ImportanceConfig, LearnerConfig, ModelConfig, RunConfig
 from tests.integration.learner_ranks import random_groups
@@ -21,7 +22,7 @@ VOCAB = 32
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
+    start_local(num_cpus=4, object_store_memory=100 << 20)
     yield
     ray.shutdown()
 

@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from environments.registry import resolve
+from infra.ray_cluster import start_local
 from rl_core.config import RunConfig, parse_config
 from rl_core.seams import GroupResult
 from rl_core.types import EpisodeSpec, Group, SamplingParams, Status, Task
@@ -68,7 +69,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     rollout = {"max_num_seqs": 16, "max_model_len": 768, "max_batched_tokens": 1024, "kv_cache_gib": 0.25, "speculative_tokens": 2}
     environments = {"math": {"max_total_tokens": 300}, "tools": {"max_turns": 5, "max_total_tokens": 768}}
     config = parse_config({"model": {"path": str(SEED_MODEL)}, "environments": environments, "rollout": rollout})
-    ray.init(address="local", num_cpus=8, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+    start_local(num_cpus=8, object_store_memory=200 << 20)
     made = Running(config, tmp_path_factory.mktemp("run"))
     yield made
     made.run(made.pool.aclose())
