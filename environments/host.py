@@ -2,8 +2,8 @@
 
     open(session, env, options, task) -> Observation      step(session, turn) -> Transition  ...  close(session)
 
-A plain class with thread-safe, blocking methods; a run wraps it in an actor with as many threads as episodes. An exception
-inside an environment is data: it becomes a Transition whose verdict says that we failed, and it can never become a reward.
+A plain class with thread-safe, blocking methods; a run wraps it in a HostActor, which bounds every call. An exception inside an
+environment is data: it becomes a Transition whose verdict says that we failed, and it can never become a reward.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +34,9 @@ class EnvironmentFailure(RuntimeError):
 
 @dataclass(slots=True)
 class _Session:
-    env: TextEnv
+    """One episode. `env` is None until it has started."""
+
+    env: TextEnv | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)  # an episode has one caller at a time; a late duplicate waits
     closed: bool = False
 
@@ -53,25 +56,17 @@ class EnvHost:
 
     def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
         """Start an episode of `task`. Raises EnvironmentFailure when the environment cannot start it."""
-        started = False
-        env: TextEnv | None = None
         try:
-            env = resolve(env_id)(**{"sandbox": self.sandbox, **options})
-            observation = env.reset(options={"task": task})[1]["observation"]
-            if not isinstance(observation, Observation):
-                raise TypeError(f"begin() returned a {type(observation).__name__}, wanted an Observation")
-            with self._lock:
-                if session_id in self._sessions:
-                    raise ValueError(f"session {session_id!r} is open already; close it first")
-                self._sessions[session_id] = _Session(env)
-            started = True
-            return observation
+            session = self._enter(session_id)
+            with self._held(session):
+                try:
+                    return self._begin(session, env_id, options, task)
+                except BaseException:
+                    self.close(session_id)
+                    raise
         except (Exception, SystemExit) as error:
             log.warning("environment %s could not open task %s", env_id, task.key, exc_info=True)
             raise EnvironmentFailure(f"environment {env_id!r}, task {task.key}: {describe(error)}") from None
-        finally:
-            if env is not None and not started:
-                _close(env)
 
     def step(self, session_id: str, turn: Turn) -> Transition:
         """Hand the policy's turn to the environment. Never raises for what happens inside it."""
@@ -82,29 +77,55 @@ class EnvHost:
         return self._advance(session_id, lambda env: env.truncate())
 
     def close(self, session_id: str) -> None:
-        """Forget the session. Closing one that is not open does nothing, so that clean-up may run twice."""
+        """Forget the session; does not wait for a call that is inside it, which then frees it on its way out.
+
+        Closing one that is not open does nothing, so that clean-up may run twice.
+        """
         with self._lock:
             session = self._sessions.pop(session_id, None)
         if session is None:
             return
-        with session.lock:
-            session.closed = True
-            _close(session.env)
+        session.closed = True
+        _free_if_closed(session)
+
+    def _enter(self, session_id: str) -> _Session:
+        with self._lock:
+            if session_id in self._sessions:
+                raise ValueError(f"session {session_id!r} is open already; close it first")
+            session = self._sessions[session_id] = _Session()
+        return session
+
+    def _begin(self, session: _Session, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
+        session.env = resolve(env_id)(**{"sandbox": self.sandbox, **options})
+        observation = session.env.reset(options={"task": task})[1]["observation"]
+        if not isinstance(observation, Observation):
+            raise TypeError(f"begin() returned a {type(observation).__name__}, wanted an Observation")
+        return observation
 
     def _advance(self, session_id: str, move: Callable[[TextEnv], Gym5]) -> Transition:
         session = self._sessions.get(session_id)
         if session is None:
             return failed(Status.INFRA_ERROR, f"no open session {session_id!r}: this host was restarted, or the session was closed")
-        with session.lock:
-            if session.closed:
+        with self._held(session):
+            env = session.env
+            if session.closed or env is None:
                 return failed(Status.INFRA_ERROR, f"session {session_id!r} was closed while a turn waited")
             start = time.perf_counter()
             try:
-                return to_transition(session.env, move(session.env), time.perf_counter() - start)
+                return to_transition(env, move(env), time.perf_counter() - start)
             except (Exception, SystemExit) as error:
-                log.warning("environment %s failed in session %s", session.env.id, session_id, exc_info=True)
+                log.warning("environment %s failed in session %s", env.id, session_id, exc_info=True)
                 status = Status.INFRA_ERROR if isinstance(error, OSError | MemoryError | SandboxUnavailable) else Status.VERIFIER_ERROR
                 return failed(status, describe(error), seconds=time.perf_counter() - start)
+
+    @contextmanager
+    def _held(self, session: _Session) -> Iterator[None]:
+        """The session's one caller. Whoever leaves a session that was closed meanwhile frees it."""
+        try:
+            with session.lock:
+                yield
+        finally:
+            _free_if_closed(session)
 
 
 def to_transition(env: TextEnv, result: Gym5, seconds: float) -> Transition:
@@ -129,8 +150,15 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_EVIDENCE_CHARS]
 
 
-def _close(env: TextEnv) -> None:
+def _free_if_closed(session: _Session) -> None:
+    """Close the environment of a closed session, once; if somebody is inside it, they do so when they leave."""
+    if not session.closed or not session.lock.acquire(blocking=False):
+        return
     try:
-        env.close()
+        env, session.env = session.env, None
+        if env is not None:
+            env.close()
     except (Exception, SystemExit):
-        log.warning("closing environment %s failed", env.id, exc_info=True)
+        log.warning("closing an environment failed", exc_info=True)
+    finally:
+        session.lock.release()

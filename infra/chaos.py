@@ -32,7 +32,7 @@ KINDS = {
     "engine core": "EngineCore",
     "learner": "LearnerRank",
     "queue": "ReplayQueue",
-    "environment host": "EnvHost",
+    "environment host": "HostActor",
     "driver": "",
 }
 """Kind of process -> what its title contains; the driver is the process that was started here."""

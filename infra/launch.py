@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ class Run:
 
     def __init__(self, config: RunConfig, run_dir: Path, store: RunStore, out: Sink) -> None:
         self.config, self.run_dir, self.store, self.out = config, run_dir, store, out
-        self.specs = {name: episode_spec(env) for name, env in config.environments.items()}
+        self.specs = {name: episode_spec(env, config.rollout.num_workers) for name, env in config.environments.items()}
         self.stop = asyncio.Event()
         past = [event for event in StoredRun(run_dir).events() if event.kind in ("eval", "step")]
         self.is_new = not past
@@ -303,14 +304,15 @@ class QueueActor:
         return self._actor.take.remote(count)
 
 
-def episode_spec(env: EnvironmentConfig) -> EpisodeSpec:
-    """What a rollout worker needs to know of one environment's episodes."""
+def episode_spec(env: EnvironmentConfig, num_workers: int = 1) -> EpisodeSpec:
+    """What each of the rollout workers needs to know of one environment's episodes."""
     return EpisodeSpec(
         group_size=env.group_size,
         sampling=SamplingParams(max_tokens=env.max_tokens, temperature=env.temperature),
         max_turns=env.max_turns,
         max_total_tokens=env.max_total_tokens,
         timeout_s=env.timeout_s,
+        concurrency=math.ceil(env.concurrency / num_workers),
     )
 
 

@@ -50,6 +50,10 @@ class EnvironmentConfig:
     """Sampling temperature; the learner trains against the same."""
     timeout_s: float = 120.0
     """Wall time of one episode in seconds, after which it counts as an infrastructure error."""
+    call_timeout_s: float = 60.0
+    """Longest that one call into the environment may take (open, step, truncate, close), after which its episode is no result."""
+    concurrency: int = 0
+    """Episodes of this environment at the same time, over all workers; 0 is as many as the engines take."""
     options: dict[str, Any] = field(default_factory=dict)
     """Passed to the environment's task source and constructor: difficulty knobs."""
 
@@ -91,7 +95,9 @@ class RolloutConfig:
     env_hosts: int = 1
     """Environment host processes."""
     env_threads: int = 32
-    """Episodes that one host serves at the same time."""
+    """Calls of one environment that one host runs at the same time; an episode that waits for its policy needs none."""
+    env_host_memory_gib: float = 4.0
+    """Memory beyond which a host is replaced between episodes, and beyond twice which at once: an environment leaks."""
 
 
 @dataclass
@@ -242,6 +248,7 @@ def validate(config: RunConfig) -> None:
         _at_least(f"rollout.{name}", getattr(rollout, name), 1)
     _at_least("rollout.speculative_tokens", rollout.speculative_tokens, 0)
     _above("rollout.kv_cache_gib", rollout.kv_cache_gib, 0)
+    _above("rollout.env_host_memory_gib", rollout.env_host_memory_gib, 0)
     for name in ("num_ranks", "zero_stage", "num_threads", "microbatch_tokens", "checkpoint_every"):
         _at_least(f"learner.{name}", getattr(learner, name), 1)
     _above("learner.learning_rate", learner.learning_rate, 0)
@@ -269,6 +276,8 @@ def validate(config: RunConfig) -> None:
         for knob in ("max_tokens", "max_turns", "max_total_tokens"):
             _at_least(at + knob, getattr(env, knob), 1)
         _above(at + "timeout_s", env.timeout_s, 0)
+        _above(at + "call_timeout_s", env.call_timeout_s, 0)
+        _at_least(at + "concurrency", env.concurrency, 0, "0 is no cap")
         _above(at + "temperature", env.temperature, 0)
         if env.max_total_tokens > rollout.max_model_len:
             raise ConfigError(

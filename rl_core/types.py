@@ -252,6 +252,7 @@ class EpisodeSpec:
     max_turns: int
     max_total_tokens: int  # prompt and sampled tokens of the whole episode
     timeout_s: float  # wall time of one episode, sampling included
+    concurrency: int = 0  # episodes of this environment at the same time in one worker; 0: no cap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayActorError, TaskCancelledError
 
-from environments.host import EnvHost
+from environments.host_actor import EnvLimits, HostActor
 from rl_core.config import RunConfig
 from rl_core.process_env import cpu_environment
 from rl_core.seams import GroupResult, Ref
@@ -34,6 +34,9 @@ START_TIMEOUT_S = 600.0
 """An engine of a large model loads for minutes; a small one on a busy laptop for one."""
 PUBLISH_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
+
+CALLS_PER_HOST = 10_000
+"""Calls that one host may hold: those that wait are coroutines, so the number is only a backstop."""
 
 MAX_RESTARTS = 5
 """Restarts of one worker within a run, after which its death is the run's."""
@@ -118,10 +121,19 @@ class Pool:
 
     def _start_hosts(self) -> None:
         rollout = self.config.rollout
-        host = ray.remote(EnvHost).options(  # type: ignore[attr-defined]
-            num_cpus=0, max_concurrency=rollout.env_threads, max_restarts=-1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
+        limits = {
+            name: EnvLimits(calls=rollout.env_threads, call_timeout_s=env.call_timeout_s, episode_timeout_s=env.timeout_s)
+            for name, env in self.config.environments.items()
+        }
+        host = ray.remote(HostActor).options(  # type: ignore[attr-defined]
+            num_cpus=0,
+            max_concurrency=CALLS_PER_HOST,
+            max_restarts=-1,
+            max_task_retries=1,  # a call that waits when its host is replaced is served by the next process
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         )
-        self._hosts = [host.remote(self.config.sandbox) for _ in range(rollout.env_hosts)]
+        memory = int(rollout.env_host_memory_gib * 2**30)
+        self._hosts = [host.remote(self.config.sandbox, limits, memory_bytes=memory, own_process=True) for _ in range(rollout.env_hosts)]
 
     async def _start_worker(self, place: Place) -> Any:
         """A warm worker in `place`, under the newest weights; returns the receipt if there were any to load."""

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class RolloutWorker:
         self._hosts = list(hosts)
         self._turn_of = itertools.count()
         self._room = asyncio.Semaphore(max(1, int(rollout.max_num_seqs * EPISODES_PER_SEQUENCE)))
+        self._caps: dict[str, asyncio.Semaphore] = {}
         self._engine: Engine | None = None
 
     async def start(self) -> None:
@@ -84,12 +86,18 @@ class RolloutWorker:
 
     async def _attempt(self, rollout_id: str, task: Task, spec: EpisodeSpec, env_id: str, options: Mapping[str, Any]) -> Rollout:
         """One rollout; a failure of ours is tried once more, on the next host."""
-        async with self._room:
+        async with self._cap(task.env, spec), self._room:
             rollout = await self._episode(rollout_id, task, spec, env_id, options)
             if rollout.verdict.status in RETRIED:
                 log.warning("rollout %s: %s; trying once more", rollout_id, dict(rollout.verdict.evidence))
                 rollout = await self._episode(rollout_id + "r", task, spec, env_id, options)
             return rollout
+
+    def _cap(self, env: str, spec: EpisodeSpec) -> AbstractAsyncContextManager[Any]:
+        """An environment's own room. Waiting for it takes nobody else's, and no time of the episode."""
+        if not spec.concurrency:
+            return nullcontext()
+        return self._caps.setdefault(env, asyncio.Semaphore(spec.concurrency))
 
     async def _episode(self, rollout_id: str, task: Task, spec: EpisodeSpec, env_id: str, options: Mapping[str, Any]) -> Rollout:
         host = self._hosts[next(self._turn_of) % len(self._hosts)]

@@ -1,0 +1,89 @@
+"""What a host's process may take of the machine: a number of processes, bounded by the kernel where it lets us, and counted everywhere.
+
+An environment is trusted code, but a mistake in one may fork without end or leak. The kernel's control group binds everything that the
+process starts; where it cannot be made, a limit on the user's processes does (root has none), and counting is what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+from pathlib import Path
+
+import psutil
+
+from environments.sandbox.base import Limits
+from environments.sandbox.cgroups import Cgroup, CgroupFactory
+
+log = logging.getLogger(__name__)
+
+MAX_TASKS = 1024
+"""Processes and threads of one host and all that it starts. A host of a busy run has some 200."""
+MAX_CHILDREN = 256
+NO_MEMORY_LIMIT_MB = 1 << 30
+"""The group bounds processes alone: the host watches its memory itself, and ends between episodes."""
+
+GROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup/pids"))
+
+
+class Confinement:
+    """Of the process that makes it."""
+
+    def __init__(self) -> None:
+        sweep()
+        self._group: Cgroup | None = None
+        factory = CgroupFactory()
+        try:
+            self._group = factory.open(Limits(memory_mb=NO_MEMORY_LIMIT_MB, processes=MAX_TASKS))
+            for file in self._group.joins if self._group else ():
+                Path(file).write_text(str(os.getpid()))
+        except OSError as error:
+            log.info("no control group for this environment host: %s", error)
+            self._group = None
+        if self._group is None and os.getuid() != 0:
+            mine = sum(p.info["num_threads"] or 0 for p in psutil.process_iter(["uids", "num_threads"]) if _is_mine(p))
+            _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+            wanted = mine + MAX_TASKS
+            resource.setrlimit(resource.RLIMIT_NPROC, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+    def excess(self) -> str:
+        """Why the host must end, as a clause; "" while what it has started is within bounds."""
+        if self._group is not None:
+            with contextlib.suppress(OSError, ValueError):
+                tasks = int((self._group.folders[-1] / "pids.current").read_text())
+                return f"its environments have started {tasks} processes and threads" if tasks > 0.9 * MAX_TASKS else ""
+        children = len(psutil.Process().children(recursive=True))
+        return f"its environments have started {children} processes" if children > MAX_CHILDREN else ""
+
+    def kill_others(self) -> None:
+        """Everything that this process has started."""
+        me = os.getpid()
+        pids = {child.pid for child in psutil.Process().children(recursive=True)}
+        if self._group is not None:
+            with contextlib.suppress(OSError):
+                pids |= {int(pid) for pid in (self._group.folders[-1] / "cgroup.procs").read_text().split()}
+        for pid in pids - {me}:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, 9)
+
+
+def sweep(roots: tuple[Path, ...] = GROUPS) -> None:
+    """Kill what the hosts that have died left in their groups, and remove these."""
+    for root in roots:
+        for folder in root.glob("polyrl-*-*") if root.is_dir() else ():
+            owner = folder.name.split("-")[1]
+            if owner.isdigit() and not psutil.pid_exists(int(owner)):
+                Cgroup([folder]).remove()
+
+
+def resident_bytes() -> int:
+    """Memory of this process that lies in RAM and is its own: what it shares with others, such as Ray's object store, does not count."""
+    pages = [int(n) for n in Path("/proc/self/statm").read_text().split()[:3]]
+    return (pages[1] - pages[2]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _is_mine(process: psutil.Process) -> bool:
+    uids = process.info["uids"]
+    return uids is not None and uids.real == os.getuid()

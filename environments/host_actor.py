@@ -1,0 +1,265 @@
+"""HostActor: an EnvHost as a run uses it. It bounds every call, and what the process takes of the machine.
+
+    await open / step / truncate / close  -->  [room for a call of this environment]  -->  a thread, while the call runs
+                                                                                             |  longer than call_timeout_s
+                                                                                             v
+                                      the episode ends as data, the thread gets an exception, and counts as stuck until it ends
+
+An episode that waits for its policy is an entry in a dict: a thousand of them take neither threads nor calls. What one environment
+does stays within its own room, so that one which hangs cannot stop the others. A host that cannot get well by itself (calls that
+stay stuck, memory that grows) takes no new episode and ends as soon as the open ones have; Ray then starts it anew, and the calls
+that waited are served there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from environments.confine import Confinement, resident_bytes
+from environments.host import EnvHost, EnvironmentFailure, failed
+from environments.output_cap import cap_output
+from rl_core.seams import Observation, Transition
+from rl_core.types import Status, Task, Turn
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+MAX_STUCK = 8
+"""Calls that hang at the same time, after which a host is replaced: their threads cannot be ended from outside."""
+
+DRAIN_S = 60.0
+"""How long a host that is to be replaced waits for its open episodes."""
+
+LATE_S = 30.0
+"""How much longer than its time-out an episode stays open when nobody closes it: whoever ran it has died."""
+
+WATCH_S = 0.5
+RECYCLED = 75
+"""Exit status of a host that has ended itself (EX_TEMPFAIL)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvLimits:
+    """Bounds of one environment within one host."""
+
+    calls: int = 32  # at the same time
+    call_timeout_s: float = 60.0
+    episode_timeout_s: float = 120.0
+
+
+class HungCall(Exception):
+    """Raised within a call that took too long, so that plain Python in it ends."""
+
+
+@dataclass(slots=True)
+class _Room:
+    """One environment's place in this host."""
+
+    limits: EnvLimits
+    calls: asyncio.Semaphore
+    stuck: set[int] = field(default_factory=set)  # ids of threads
+
+    @staticmethod
+    def of(limits: EnvLimits) -> _Room:
+        return _Room(limits=limits, calls=asyncio.Semaphore(limits.calls))
+
+
+@dataclass(frozen=True, slots=True)
+class _Episode:
+    env: str
+    expires: float  # time.monotonic()
+
+
+class HostActor:
+    """The methods of EnvHost, awaited. Made an actor by the pool; `exit` is called once when the host must be replaced."""
+
+    def __init__(
+        self,
+        sandbox: str = "auto",
+        limits: Mapping[str, EnvLimits] | None = None,
+        *,
+        memory_bytes: int = 0,
+        own_process: bool = False,
+        exit: Callable[[], None] | None = None,
+    ) -> None:
+        """`limits` by environment name; others get the defaults. `memory_bytes`: resident size at which to end between episodes, 0 for
+        none. `own_process`: this process is the host's alone, so its output is capped and what it starts is confined."""
+        self._host = EnvHost(sandbox)
+        self._rooms: dict[str, _Room] = defaultdict(lambda: _Room.of(EnvLimits()))
+        self._rooms |= {name: _Room.of(limit) for name, limit in (limits or {}).items()}
+        self._episodes: dict[str, _Episode] = {}
+        self._threads = ThreadPoolExecutor(max_workers=4096, thread_name_prefix="call")  # as many as calls run; the rooms bound them
+        self._memory_bytes, self._exit = memory_bytes, exit or self._end_process
+        self.ending = ""
+        """Why this host takes no new episode; "" while it is well."""
+        self._own = Confinement() if own_process else None
+        if own_process:
+            cap_output()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    async def ping(self) -> int:
+        """How many episodes are open; answering at all says that the host lives."""
+        return self._host.ping()
+
+    async def status(self) -> dict[str, Any]:
+        """For people and tests: open episodes, stuck calls by environment, resident bytes, threads."""
+        stuck = {name: len(room.stuck) for name, room in self._rooms.items() if room.stuck}
+        return {
+            "open": self._host.ping(),
+            "stuck": stuck,
+            "ending": self.ending,
+            "resident_bytes": resident_bytes(),
+            "threads": threading.active_count(),
+        }
+
+    async def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
+        """As EnvHost.open. Raises EnvironmentFailure also for an environment that hangs here."""
+        room = self._rooms[task.env]
+        while self.ending:  # Ray serves this call in the process that follows
+            await asyncio.sleep(WATCH_S)
+        self._episodes[session_id] = _Episode(task.env, time.monotonic() + room.limits.episode_timeout_s + LATE_S)
+        try:
+            return await self._call(task.env, lambda: self._host.open(session_id, env_id, options, task))
+        except TimeoutError as late:
+            self._forget(session_id)
+            raise EnvironmentFailure(f"environment {env_id!r}, task {task.key}: open: {late}") from None
+        except EnvironmentFailure:
+            self._forget(session_id)
+            raise
+
+    async def step(self, session_id: str, turn: Turn) -> Transition:
+        """As EnvHost.step."""
+        return await self._advance(session_id, "step", lambda: self._host.step(session_id, turn))
+
+    async def truncate(self, session_id: str) -> Transition:
+        """As EnvHost.truncate."""
+        return await self._advance(session_id, "truncate", lambda: self._host.truncate(session_id))
+
+    async def close(self, session_id: str) -> None:
+        """As EnvHost.close."""
+        episode = self._episodes.pop(session_id, None)
+        if episode is None:
+            return
+        try:
+            await self._call(episode.env, lambda: self._host.close(session_id))
+        except TimeoutError as late:
+            log.warning("environment %s: close: %s", episode.env, late)
+
+    async def _advance(self, session_id: str, name: str, call: Callable[[], Transition]) -> Transition:
+        episode = self._episodes.get(session_id)
+        if episode is None:
+            return failed(Status.INFRA_ERROR, f"no open session {session_id!r}: this host was restarted, or the session was closed")
+        try:
+            return await self._call(episode.env, call)
+        except TimeoutError as late:
+            self._forget(session_id)
+            return failed(Status.VERIFIER_ERROR, f"{name}: {late}", seconds=self._rooms[episode.env].limits.call_timeout_s)
+
+    def _forget(self, session_id: str) -> None:
+        """Without waiting: whoever is inside the session frees it when they leave."""
+        self._episodes.pop(session_id, None)
+        self._host.close(session_id)
+
+    async def _call(self, env: str, call: Callable[[], T]) -> T:
+        """`call` in a thread, within the environment's room and time. Raises TimeoutError with a sentence."""
+        room = self._rooms[env]
+        running = _Call(call)
+        async with room.calls:
+            future = asyncio.get_running_loop().run_in_executor(self._threads, running)
+            done, _ = await asyncio.wait({future}, timeout=room.limits.call_timeout_s)
+            if done:
+                return future.result()
+            self._interrupt(env, running, future)
+        raise TimeoutError(f"the call took longer than {room.limits.call_timeout_s:g} s; bound what the environment does in one call")
+
+    def _interrupt(self, env: str, running: _Call[Any], future: asyncio.Future[Any]) -> None:
+        """Raise HungCall in the thread, and count it as stuck until it ends."""
+        room, thread = self._rooms[env], running.thread
+        log.warning("environment %s hangs in a call (thread %s)", env, thread)
+        if thread is None:
+            return
+        room.stuck.add(thread)
+
+        def ended(future: asyncio.Future[Any]) -> None:
+            room.stuck.discard(thread)
+            if not future.cancelled():
+                future.exception()  # seen, though nobody waits for it any more
+
+        future.add_done_callback(ended)
+        running.interrupt()
+        hanging = sum(len(r.stuck) for r in self._rooms.values())
+        if hanging > MAX_STUCK:
+            self._end(f"{hanging} calls hang, {len(room.stuck)} of them in environment {env!r}")
+
+    def _end(self, reason: str) -> None:
+        if not self.ending:
+            log.warning("this environment host will be replaced: %s", reason)
+            self.ending = reason
+
+    def _watch(self) -> None:
+        """A thread of its own: it sees what the event loop cannot, because somebody holds it up."""
+        ending_since = 0.0
+        while True:
+            time.sleep(WATCH_S)
+            now = time.monotonic()
+            for session_id, episode in list(self._episodes.items()):
+                if episode.expires < now:
+                    log.warning("session %s of environment %s was left open; closed", session_id, episode.env)
+                    self._forget(session_id)
+            if self._memory_bytes and (resident := resident_bytes()) > self._memory_bytes:
+                limit = f"rollout.env_host_memory_gib={self._memory_bytes / 2**30:g}"
+                self._end(f"it takes {resident / 2**30:.1f} GiB of memory, more than {limit}")
+                if resident > 2 * self._memory_bytes:
+                    ending_since = ending_since or now - DRAIN_S
+            if self._own is not None and (excess := self._own.excess()):
+                self._end(excess)
+                ending_since = ending_since or now - DRAIN_S
+            if self.ending:
+                ending_since = ending_since or now
+                if not self._episodes or now - ending_since >= DRAIN_S:
+                    self._exit()
+                    return
+
+    def _end_process(self) -> None:
+        if self._own is not None:
+            self._own.kill_others()
+        os._exit(RECYCLED)
+
+
+class _Call(Generic[T]):
+    """A function that can be interrupted in whichever thread it runs."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self.thread: int | None = None  # None before it starts and after it has ended
+
+    def __call__(self) -> T:
+        with self._lock:
+            self.thread = threading.get_ident()
+        try:
+            return self._function()
+        finally:
+            with self._lock:
+                _raise_in(threading.get_ident(), None)  # what has not been raised by now would hit the thread's next call
+                self.thread = None
+
+    def interrupt(self) -> None:
+        """Raise HungCall in it, as soon as it runs Python again. What waits in C (a socket, a sleep) waits on."""
+        with self._lock:
+            if self.thread is not None:
+                _raise_in(self.thread, HungCall)
+
+
+def _raise_in(thread: int, error: type[Exception] | None) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None if error is None else ctypes.py_object(error))
