@@ -22,8 +22,10 @@ from ray.exceptions import RayActorError
 from environments.registry import resolve
 from infra.ray_cluster import connect
 from learner.actor import LearnerGroup
+from rl_core.bad_steps import TooManyBadSteps
+from rl_core.breaker import AllBroken
 from rl_core.config import EnvironmentConfig, RunConfig
-from rl_core.durable import DurableLearner, DurableQueue
+from rl_core.durable import DurableLearner, DurableQueue, rolled_back
 from rl_core.evaluation import EvalResult, evaluate
 from rl_core.events import Event, Sink
 from rl_core.journal import GroupJournal
@@ -34,7 +36,7 @@ from rl_core.recovery import recover
 from rl_core.replay_queue import ReplayQueue
 from rl_core.run_store import RunStore, StoredRun
 from rl_core.seams import GroupResult
-from rl_core.types import EpisodeSpec, SamplingParams, Task
+from rl_core.types import EpisodeSpec, SamplingParams, StepStats, Task
 from rollout_workers.pool import Pool
 
 log = logging.getLogger("polyrl")
@@ -163,12 +165,17 @@ class Run:
 
         async def learner() -> DurableLearner:
             started = DurableLearner(
-                partial(LearnerGroup.start, self.config, self.run_dir), self.batch, (RayActorError,), on_saved=self.saved
+                partial(LearnerGroup.start, self.config, self.run_dir),
+                self.batch,
+                (RayActorError,),
+                on_saved=self.saved,
+                rollbacks=lambda: self.ledger.rollbacks,
             )
             parts.push_async_callback(started.aclose)
             for stats in await started.open(self.ledger.version):
-                if stats.version not in self.recorded_steps:  # the old process died between the step and its record
-                    self.out.emit(Event(kind="step", data={"version": stats.version, "metrics": dict(stats.metrics)}))
+                self.recover_step(stats)
+            for version in self.ledger.rollbacks:
+                self.recover_step(rolled_back(version))
             return started
 
         both = await asyncio.gather(pool(), learner(), return_exceptions=True)
@@ -176,6 +183,11 @@ class Run:
             if isinstance(part, BaseException):
                 raise part
         return both[0], both[1]  # type: ignore[return-value]
+
+    def recover_step(self, stats: StepStats) -> None:
+        """Record a step between which and its record the old process died."""
+        if stats.version not in self.recorded_steps:
+            self.out.emit(Event(kind="step", data={"version": stats.version, "metrics": dict(stats.metrics)}))
 
     async def batch(self, version: int) -> list[Any]:
         """References to the groups that made `version`."""
@@ -325,7 +337,7 @@ def explain(error: BaseException) -> str:
     """The sentence of the first cause in a group of errors."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    if isinstance(error, RunError):
+    if isinstance(error, (RunError, TooManyBadSteps, AllBroken)):
         return str(error)
     if isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
         return "stopped at once"

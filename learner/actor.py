@@ -77,16 +77,20 @@ class LearnerRank:
     def agreement(self, completions: list[Completion]) -> Agreement:
         return self.learner.agreement(completions)
 
-    def apply(self) -> tuple[StepStats, Any]:
+    def apply(self, again: bool) -> tuple[StepStats, Any]:
         """(statistics, weights): two objects, so that the driver fetches only the first."""
-        stats = self.learner.apply()
-        return stats, self.learner.weights()
+        stats = self.learner.apply(again=again)
+        return stats, None if stats.skipped else self.learner.weights()
 
     def snapshot(self) -> tuple[int, Any]:
         return self.learner.version, self.learner.weights()
 
     def save(self) -> str:
         return str(self.learner.save(self.checkpoints, self.config.model.path))
+
+    def adopt(self, version: int) -> None:
+        self.learner.version = version
+        self.learner.save(self.checkpoints, self.config.model.path)
 
     def pid(self) -> int:
         return os.getpid()
@@ -128,9 +132,9 @@ class LearnerGroup:
         argument = ray.put(list(completions))
         return (await _all([r.agreement.remote(argument) for r in self._ranks]))[0]
 
-    async def apply(self) -> tuple[StepStats, Ref]:
-        """The optimizer step; the reference leads to the bytes of a safetensors file as a uint8 array."""
-        answers = [r.apply.options(num_returns=2).remote() for r in self._ranks]
+    async def apply(self, *, again: bool = False) -> tuple[StepStats, Ref]:
+        """The optimizer step; the reference leads to the bytes of a safetensors file as a uint8 array. See `Learner.apply`."""
+        answers = [r.apply.options(num_returns=2).remote(again) for r in self._ranks]
         stats: StepStats = (await _all([stats for stats, _ in answers]))[0]
         self.version = stats.version
         return stats, answers[0][1]
@@ -143,6 +147,11 @@ class LearnerGroup:
     async def save(self) -> str:
         """Write a checkpoint of the current version into the run folder; returns its path."""
         return (await _all([r.save.remote() for r in self._ranks]))[0]
+
+    async def adopt(self, version: int) -> None:
+        """Call the weights and optimizer of now `version`, and make them the newest checkpoint."""
+        await _all([r.adopt.remote(version) for r in self._ranks])
+        self.version = version
 
     async def aclose(self) -> None:
         """End the ranks. What is not saved is lost."""

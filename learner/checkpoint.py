@@ -4,7 +4,7 @@
         step-000050/
             model/        what Transformers and vLLM load, tokenizer included
             optimizer/    DeepSpeed's own files, one per rank: optimizer state and full-precision weights
-            rank-0.pt     random state of each rank
+            rank-0.pt     random state of each rank, and the gradient norms that its next steps are judged by
             state.json    version, and what the files above depend on
         latest            name of the newest complete folder; written last
 
@@ -24,6 +24,11 @@ LATEST = "latest"
 STATE = "state.json"
 
 
+def folder_name(version: int) -> str:
+    """Of a version's folder."""
+    return f"step-{version:06d}"
+
+
 def begin(root: Path, version: int) -> Path:
     """An empty temporary folder for the checkpoint of `version`; one left over by a crash is emptied."""
     folder = root / f".step-{version:06d}.partial"
@@ -39,7 +44,7 @@ def commit(root: Path, folder: Path, version: int, state: Mapping[str, Any]) -> 
         for name in files:
             _flush(Path(directory, name))
         _flush(Path(directory))
-    final = root / f"step-{version:06d}"
+    final = root / folder_name(version)
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     pointer = root / f".{LATEST}.partial"

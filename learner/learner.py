@@ -1,7 +1,7 @@
 """One rank of the learner: groups in, new weights out.
 
     groups -> trajectories -> microbatches of all ranks (the same plan everywhere) -> mine -> forward, backward  =  accumulate
-    gradients, averaged over ranks -> clip -> AdamW -> weights under the engine's names                          =  apply
+    gradients, averaged over ranks -> guard -> clip -> AdamW -> weights under the engine's names                 =  apply
 
 Every rank sees all groups and makes the same plan, so denominators need no communication. What ranks exchange are gradients
 (DeepSpeed) and one table of sums for the metrics.
@@ -22,9 +22,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from learner import checkpoint
+from learner.guard import Guard
 from learner.model import PolicyModel
 from learner.objective import Batch, Objective, Sum
-from learner.optimizer import deepspeed, make_engine, parameter_groups
+from learner.optimizer import deepspeed, make_engine, measure, parameter_groups
 from rl_core.batching import Microbatch, microbatches, num_loss_tokens, num_mtp_tokens
 from rl_core.config import LearnerConfig
 from rl_core.trajectories import trajectories
@@ -64,6 +65,7 @@ class Learner:
         self.device = self.engine.device
         for name, buffer in model.named_buffers():  # DeepSpeed casts all to the run's dtype; router biases stay in float32
             buffer.data = buffer.data.to(buffers[name])
+        self.guard = Guard(config.spike_factor)
         self._pending: dict[str, float] | None = None
 
     @property
@@ -107,28 +109,44 @@ class Learner:
         self._pending = metrics
         return dict(metrics)
 
-    def apply(self) -> StepStats:
-        """The optimizer step over what `accumulate` gathered: the weights become those of the next version."""
+    def apply(self, *, again: bool = False) -> StepStats:
+        """The optimizer step over what `accumulate` gathered: the weights become those of the next version.
+
+        A bad step (see `guard`) is skipped: weights, optimizer and version stay, and the answer says why. `again`: this step was taken
+        before, by a learner that died since; whether it spikes is not asked a second time.
+        """
         if self._pending is None:
             raise RuntimeError("apply() without accumulate(): there are no gradients")
         began = time.monotonic()
+        metrics, self._pending = self._pending, None
+        norms = measure(self.engine, self.optimizer)
+        metrics["learner/grad_norm"] = norms["policy"]
+        if "MTP head" in norms:
+            metrics["learner/mtp_grad_norm"] = norms["MTP head"]
+        skipped = self._agree(self.guard.judge(metrics["learner/loss"], norms, spikes=not again))
+        self.optimizer.vetoed = bool(skipped)
         rate = self.config.learning_rate * min(1.0, (self.version + 1) / max(self.config.warmup_steps, 1))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.engine.step()
+        if skipped:
+            return StepStats(version=self.version, metrics=metrics, skipped=skipped)
+        self.guard.taken(norms)
         self.version += 1
-        metrics, self._pending = self._pending, None
         seconds = metrics["learner/accumulate_s"] + time.monotonic() - began
         metrics |= {
             "learner/learning_rate": rate,
-            "learner/grad_norm": self.optimizer.norms["policy"],
             "learner/seconds": seconds,
             "learner/tokens_per_s": metrics["learner/real_tokens"] / seconds,
             "learner/padded_tokens_per_s": metrics["learner/padded_tokens"] / seconds,
         }
-        if "MTP head" in self.optimizer.norms:
-            metrics["learner/mtp_grad_norm"] = self.optimizer.norms["MTP head"]
         return StepStats(version=self.version, metrics=metrics)
+
+    def _agree(self, verdict: str) -> str:
+        """Rank 0's verdict, on every rank: one that steps alone would part from the others without a word."""
+        verdicts = [verdict]
+        dist.broadcast_object_list(verdicts, src=0)
+        return verdicts[0]
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -165,12 +183,14 @@ class Learner:
         """Write the checkpoint of the current version under `root`; returns its folder. Not between `accumulate` and `apply`."""
         if self._pending is not None:
             raise RuntimeError("save() between accumulate() and apply(): gradients are not part of a checkpoint")
+        if (newest := checkpoint.latest(root)) is not None and newest.name == checkpoint.folder_name(self.version):
+            return newest  # replacing it would leave a moment without any
         folder = root / f".step-{self.version:06d}.partial"
         if self.rank == 0:
             folder = checkpoint.begin(root, self.version)
         dist.barrier()
         self.engine.save_checkpoint(str(folder), tag="optimizer", save_latest=False)
-        torch.save({"rng": torch.get_rng_state()}, folder / f"rank-{self.rank}.pt")
+        torch.save({"rng": torch.get_rng_state(), "guard": self.guard.state()}, folder / f"rank-{self.rank}.pt")
         with self._gathered():
             if self.rank == 0:
                 self.model.save_pretrained(folder / "model", tokenizer_path)
@@ -178,7 +198,7 @@ class Learner:
         if self.rank == 0:
             checkpoint.commit(root, folder, self.version, self._layout())
         dist.barrier()
-        return root / f"step-{self.version:06d}"
+        return root / checkpoint.folder_name(self.version)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint that `save` wrote: weights, optimizer, random state and version."""
@@ -188,7 +208,9 @@ class Learner:
             raise ValueError(
                 f"{folder / 'optimizer'} cannot be read; take an older checkpoint by writing its name into {folder.parent / 'latest'}"
             )
-        torch.set_rng_state(torch.load(folder / f"rank-{self.rank}.pt", weights_only=True)["rng"])
+        own = torch.load(folder / f"rank-{self.rank}.pt", weights_only=True)
+        torch.set_rng_state(own["rng"])
+        self.guard.restore(own["guard"])
 
     def _layout(self) -> dict[str, Any]:
         """What the optimizer's files depend on."""

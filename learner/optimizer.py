@@ -3,7 +3,7 @@
 DeepSpeed clips one norm over all parameters. The two losses here are of different nature (a policy gradient near zero on
 average, and a cross-entropy), so a spike of one must not shrink the other's step: DeepSpeed's clip is off, and the optimizer
 clips each parameter group by its own norm. ZeRO hands every rank its slice of each group, after averaging over ranks; the
-norm is therefore summed over ranks here.
+norm is therefore summed over ranks here, and before the step: whether it is taken is decided for all groups at once.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ ONE_SUB_GROUP = 10**15
 
 
 class GroupClippedAdamW(torch.optim.AdamW):
-    """AdamW whose parameter groups carry a `name` and a `max_norm`; norms before the clip are kept in `norms`."""
+    """AdamW whose parameter groups carry a `name` and a `max_norm`; `norms` holds those before the clip, by name."""
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
         super().__init__(groups, lr=lr, weight_decay=weight_decay, betas=BETAS, eps=ADAM_EPSILON)
         self.norms: dict[str, float] = {}
+        self.vetoed = False
+        """The next step leaves weights and state as they are. ZeRO goes through its motions and frees the gradients."""
+        self.starting = False
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -47,24 +50,27 @@ class GroupClippedAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Clip each group by its norm over all ranks, then step. Raises FloatingPointError if a gradient is not finite."""
-        if not getattr(self, "starting", False):  # ZeRO 3 calls step() once with zeros, to allocate state
+        """Clip each group by its norm, then step. ZeRO calls this once per group, with the others left out."""
+        if self.vetoed:
+            return None
+        if not self.starting:  # ZeRO 3 calls step() once with zeros, to allocate state
             for group in self.param_groups:
-                if group["params"]:
-                    self._clip(group)
+                scale = min(1.0, group["max_norm"] / (self.norms[group["name"]] + 1e-12))
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(scale)
         return super().step(closure)
 
-    def _clip(self, group: dict[str, Any]) -> None:
-        gradients = [p.grad for p in group["params"] if p.grad is not None]
-        norm = global_norm(gradients, group["params"][0].device)
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient of the {group['name']} is {norm}: a logit, logprob or weight is not finite; "
-                f"lower learner.learning_rate, or look for NaN in the behaviour logprobs of the last batch"
-            )
-        self.norms[group["name"]] = norm
-        for gradient in gradients:
-            gradient.mul_(min(1.0, group["max_norm"] / (norm + 1e-12)))
+
+def measure(engine: Any, optimizer: GroupClippedAdamW) -> dict[str, float]:
+    """Norm of each parameter group's accumulated gradient over all ranks, the same on every rank; `optimizer.norms` from here on.
+
+    Reads ZeRO's own partition of the averaged gradients (by group, since a group is one sub-group: see ONE_SUB_GROUP).
+    """
+    zero = engine.optimizer
+    names = [group["name"] for group in optimizer.param_groups]
+    optimizer.norms = {name: global_norm(zero.averaged_gradients[i] or [], engine.device) for i, name in enumerate(names)}
+    return dict(optimizer.norms)
 
 
 def global_norm(gradients: list[Tensor], device: torch.device) -> float:
@@ -103,9 +109,9 @@ def make_engine(
     """(DeepSpeed engine over `module`, the optimizer within it). Every rank calls this with the same weights."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     optimizer = GroupClippedAdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
-    optimizer.starting = True  # type: ignore[attr-defined]
+    optimizer.starting = True
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, dtype), dist_init_required=False)
-    optimizer.starting = False  # type: ignore[attr-defined]
+    optimizer.starting = False
     for state in optimizer.state.values():  # the step with zeros above must not count for Adam's bias correction
         if "step" in state:
             state["step"].zero_()

@@ -70,6 +70,10 @@ class LoopConfig:
     """Policy versions that a trained token may lag the learner. 0 is exactly synchronous on-policy training."""
     window: int = 4
     """W: a batch takes the first ready groups among the W oldest; 1 is strict first in, first out. Costs W - 1 slots."""
+    bad_steps: int = 3
+    """Skipped steps in a row (see learner.spike_factor) after which weights and optimizer go back to the newest checkpoint."""
+    max_rollbacks: int = 2
+    """Such returns in one run; when steps are bad again after them, the run stops."""
     stall_s: float = 300.0
     """Seconds without a finished group, step or publication after which the run stops and says why."""
 
@@ -120,6 +124,8 @@ class LearnerConfig:
     warmup_steps: int = 2
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    spike_factor: float = 10.0
+    """A step whose gradient norm is above this many times the median of the last 32 is skipped; 0 skips only what is not finite."""
     num_ranks: int = 1
     """DeepSpeed ranks, one Ray actor each."""
     zero_stage: int = 1
@@ -243,6 +249,8 @@ def validate(config: RunConfig) -> None:
     _at_least("loop.groups_per_step", loop.groups_per_step, 1)
     _at_least("loop.max_staleness", loop.max_staleness, 0, "0 is synchronous on-policy training, 1 to 4 is usual")
     _at_least("loop.window", loop.window, 1)
+    _at_least("loop.bad_steps", loop.bad_steps, 1)
+    _at_least("loop.max_rollbacks", loop.max_rollbacks, 0)
     _above("loop.stall_s", loop.stall_s, 0)
     for name in ("num_workers", "max_num_seqs", "max_model_len", "max_batched_tokens", "num_threads", "env_hosts", "env_threads"):
         _at_least(f"rollout.{name}", getattr(rollout, name), 1)
@@ -253,6 +261,8 @@ def validate(config: RunConfig) -> None:
         _at_least(f"learner.{name}", getattr(learner, name), 1)
     _above("learner.learning_rate", learner.learning_rate, 0)
     _above("learner.max_grad_norm", learner.max_grad_norm, 0)
+    if learner.spike_factor and learner.spike_factor <= 1:
+        raise ConfigError(f"learner.spike_factor is {learner.spike_factor}, wanted more than 1, or 0 to skip only what is not finite")
     _one_of("learner.zero_stage", learner.zero_stage, (1, 2, 3))
     _one_of("learner.advantage", learner.advantage, ("grpo", "mean", "leave_one_out"))
     _one_of("learner.importance.rule", learner.importance.rule, ("masked", "truncated", "none"))

@@ -120,7 +120,8 @@ class RawLearner(Protocol):
 
     async def accumulate(self, groups: Sequence[Ref]) -> dict[str, float]: ...
     async def agreement(self, completions: Sequence[Completion]) -> Agreement: ...
-    async def apply(self) -> tuple[StepStats, Ref]: ...
+    async def apply(self, *, again: bool = False) -> tuple[StepStats, Ref]: ...
+    async def adopt(self, version: int) -> None: ...
     async def snapshot(self) -> tuple[int, Ref]: ...
     async def save(self) -> str: ...
     async def aclose(self) -> None: ...
@@ -130,6 +131,7 @@ class DurableLearner:
     """Implements `rl_core.seams.Learner`. No step is trained twice: the steps done again rebuild what died with the old process.
 
     Done again, a step gives the same weights, to the bit where the arithmetic is deterministic (one CPU thread), else to rounding.
+    Skipped steps made no version, so they are not done again; a rollback is the newest checkpoint under a new version, saved at once.
     """
 
     def __init__(
@@ -139,9 +141,11 @@ class DurableLearner:
         deaths: Deaths,
         *,
         on_saved: Callable[[int], None] = lambda version: None,
+        rollbacks: Callable[[], Sequence[int]] = tuple,
     ) -> None:
-        """`launch` starts a learner from the newest checkpoint. `batch` gives the groups that made a version."""
-        self._launch, self._batch, self._deaths, self._on_saved = launch, batch, deaths, on_saved
+        """`launch` starts a learner from the newest checkpoint. `batch` gives the groups that made a version; `rollbacks` the versions
+        that none made."""
+        self._launch, self._batch, self._deaths, self._on_saved, self._rollbacks = launch, batch, deaths, on_saved, rollbacks
         self._learner: RawLearner | None = None
         self._pending: Sequence[Ref] | None = None  # accumulated, not applied
         self.version = 0
@@ -168,6 +172,14 @@ class DurableLearner:
         stats, weights = await self._ask(lambda learner: learner.apply())
         self.version, self._pending, self._in_a_row = stats.version, None, 0
         return stats, weights
+
+    async def roll_back(self, version: int) -> tuple[StepStats, Ref]:
+        """The newest checkpoint again, as `version`, which is in `rollbacks` by now: a new learner starts from it."""
+        await self.aclose()
+        self.version, self._pending = version, None
+        await self.open(version)
+        self._on_saved(version)
+        return rolled_back(version), (await self.snapshot())[1]
 
     async def snapshot(self) -> tuple[int, Ref]:
         return await self._ask(lambda learner: learner.snapshot())
@@ -214,9 +226,19 @@ class DurableLearner:
             raise RuntimeError(
                 f"the newest checkpoint is of version {learner.version}, the ledger ends at {self.version}: they are not of one run"
             )
+        returned = max(self._rollbacks(), default=0)
+        if learner.version < returned:  # the checkpoint is the one that it goes back to: steps in between are undone, not done again
+            await learner.adopt(returned)
         for version in range(learner.version + 1, self.version + 1):
             await learner.accumulate(await self._batch(version))
-            stats, _ = await learner.apply()
+            stats, _ = await learner.apply(again=True)
+            if stats.skipped:
+                raise RuntimeError(f"step {version} was taken once, and now {stats.skipped}: the machine computes wrongly")
             assert stats.version == version, f"step {version} was done again and made version {stats.version}"
             done.append(stats)
         return done
+
+
+def rolled_back(version: int) -> StepStats:
+    """What a rollback that made `version` reports."""
+    return StepStats(version=version, metrics={"learner/rolled_back": 1.0})

@@ -1,12 +1,14 @@
 """The ledger: one row per task drawn, and where it went (invariant 4).
 
     drawn --> ready --> trained(version)
+      |         +-----> filtered(reason)      its step was bad, and skipped: it taught nothing
       |         +-----> abandoned(reason)
       +--> filtered(reason)
       +--> abandoned(reason)
 
 SQLite in WAL mode, so that other processes read it while the run writes. It is also what a resumed run starts from: which
 batch made which version, which groups wait, which were cut off, and how far each environment's tasks were drawn.
+Versions that no batch made are rows of `rollbacks`: weights and optimizer went back to a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ class State(StrEnum):
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS tasks (
     ticket INTEGER PRIMARY KEY, group_id TEXT UNIQUE NOT NULL, env TEXT NOT NULL, task_key TEXT NOT NULL, position INTEGER NOT NULL,
-    attempt INTEGER NOT NULL DEFAULT 1, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', version INTEGER, drawn_at REAL NOT NULL,
-    ended_at REAL);
+    attempt INTEGER NOT NULL DEFAULT 1, restarts TEXT NOT NULL DEFAULT '', state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
+    version INTEGER, drawn_at REAL NOT NULL, ended_at REAL);
+CREATE TABLE IF NOT EXISTS rollbacks (version INTEGER PRIMARY KEY, reason TEXT NOT NULL, at REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS open_tasks ON tasks (ticket) WHERE state IN ('drawn', 'ready');
 CREATE INDEX IF NOT EXISTS batches ON tasks (version) WHERE version IS NOT NULL;
 """
@@ -55,7 +58,7 @@ class Entry:
     env: str
     task_key: str
     position: int  # of the task in its environment's stream
-    attempt: int  # 1, and one more for each time that a resumed run started the group again
+    attempt: int  # 1, and one more for each time that the group was cut off and taken up again; `restarts` says why
     state: State
 
 
@@ -126,9 +129,22 @@ class Ledger:
         """Its group cannot be finished any more."""
         self._move([name], State.DRAWN, State.ABANDONED, reason)
 
-    def restart(self, name: str) -> None:
-        """Its group was cut off, and starts again."""
-        self._db.execute("UPDATE tasks SET attempt = attempt + 1 WHERE group_id = ? AND state = ?", (name, State.DRAWN))
+    def skip(self, names: Sequence[str], reason: str) -> None:
+        """The step over these groups was bad and not taken: they trained nothing, and will not."""
+        with self._transaction(durable=False):
+            self._move(names, State.READY, State.FILTERED, reason)
+
+    def roll_back(self, version: int, reason: str) -> None:
+        """`version` is to be the newest checkpoint's weights again. Written before it is done: a resumed run does it then."""
+        with self._transaction(durable=True):
+            self._db.execute("INSERT INTO rollbacks VALUES (?, ?, ?)", (version, reason, time.time()))
+
+    def restart(self, name: str, reason: str) -> None:
+        """Its group was cut off, and is taken up again."""
+        self._db.execute(
+            "UPDATE tasks SET attempt = attempt + 1, restarts = restarts || ? || char(10) WHERE group_id = ? AND state = ?",
+            (reason, name, State.DRAWN),
+        )
 
     def abandon_open(self, reason: str) -> int:
         """Every task that is not in a final state gets one. Returns how many."""
@@ -141,8 +157,14 @@ class Ledger:
 
     @property
     def version(self) -> int:
-        """The last policy version that was trained; 0 before the first."""
-        return int(self._db.execute("SELECT coalesce(max(version), 0) FROM tasks WHERE version IS NOT NULL").fetchone()[0])
+        """The last policy version that was made; 0 before the first."""
+        trained = int(self._db.execute("SELECT coalesce(max(version), 0) FROM tasks WHERE version IS NOT NULL").fetchone()[0])
+        return max(trained, self.rollbacks[-1]) if self.rollbacks else trained
+
+    @property
+    def rollbacks(self) -> list[int]:
+        """The versions that no batch made, in order."""
+        return [row[0] for row in self._db.execute("SELECT version FROM rollbacks ORDER BY version")]
 
     def batch(self, version: int) -> list[str]:
         """The groups that made `version`, in the order in which they were trained."""

@@ -20,6 +20,10 @@ max_staleness = 0 leaves P slots: exactly synchronous, on-policy training.
 Proof of arrival. Each engine returns fresh completions sampled entirely under the version it was given. The learner
 recomputes their logprobs before the optimizer may replace those weights: no version is left unproved.
 
+Bad steps. A step whose loss or gradient is not finite, or spikes, is not taken: its groups are filtered with the reason, and
+others take their place. Several in a row make the newest checkpoint the next version; then, if that does not help, the run stops.
+A version made so frees the places of the batch before it like any other, so the bound above holds.
+
 Failure. A rollout that breaks is data: it is masked out of its group. A group without enough good rollouts is filtered, with a
 reason; an environment whose groups keep breaking is paused and probed (rl_core/breaker.py). Queue and learner restart by themselves
 (rl_core/durable.py), workers in their pool. Anything else that raises cancels the rest and ends the run with its cause.
@@ -36,6 +40,7 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from rl_core.bad_steps import BadSteps
 from rl_core.breaker import Breaker
 from rl_core.config import LoopConfig
 from rl_core.ledger import Ledger, group_id
@@ -128,6 +133,7 @@ async def train(
     arrived = asyncio.Event()
     metrics = StepMetrics(first_version=version, last_version=cfg.steps)
     filtered_in_a_row = itertools.count(1)
+    bad_steps = BadSteps(cfg, ledger, record.note)
 
     async def generate() -> None:
         """Start one group per free slot, for ever."""
@@ -194,7 +200,7 @@ async def train(
                 )
 
     async def step_forward(publishing: asyncio.Task[Sequence[Receipt]]) -> asyncio.Task[Sequence[Receipt]] | None:
-        """One optimizer step; returns the publication that it started, or None when the run was asked to stop."""
+        """One batch; returns the publication of what it made, or None when the run was asked to stop."""
         nonlocal version
         began = time.monotonic()
         batch = await next_batch()
@@ -204,12 +210,24 @@ async def train(
         await bounded(learner.accumulate([g.ref for g in batch]), cfg.stall_s, "the learner's gradients took too long")
         await prove_arrival(await publishing)
         stats, weights = await bounded(learner.apply(), cfg.stall_s, "the optimizer step took too long")
+        if stats.skipped:
+            for group in batch:
+                mixer.filtered(group.env)
+            if not bad_steps.bad(batch, version, stats.skipped):
+                for _ in batch:
+                    slots.release()
+                return publishing
+            stats, weights = await bounded(learner.roll_back(version + 1), cfg.stall_s, "the return to a checkpoint took too long")
+        else:
+            bad_steps.good()
+            ledger.train([group.group_id for group in batch], stats.version)
+            for group in batch:
+                mixer.trained(group.env)
         version = stats.version
-        ledger.train([group.group_id for group in batch], version)
-        for group in batch:
-            mixer.trained(group.env)
         published = loop.create_task(publish(version, weights, batch))
         await record.step(version, version, metrics.close_step(stats, batch, mixer, waited, time.monotonic() - began))
+        if checkpoint_every and version % checkpoint_every == 0 and version < cfg.steps:
+            await learner.save()
         return published
 
     async with asyncio.TaskGroup() as loop:
@@ -221,8 +239,6 @@ async def train(
             if published is None:
                 break
             publishing = published
-            if checkpoint_every and version % checkpoint_every == 0 and version < cfg.steps:
-                await learner.save()
         await prove_arrival(await publishing)
         generation.cancel()
     if not stop.is_set():

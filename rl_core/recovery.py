@@ -58,7 +58,7 @@ def recover(
         if task is None or task.key != entry.task_key:
             ledger.abandon(entry.group_id, "its task source no longer gives this task")
             continue
-        ledger.restart(entry.group_id)
+        ledger.restart(entry.group_id, "the run was cut off")
         cut_off[entry.ticket] = task
     running = [e.env for e in entries if e.ticket in ready or e.ticket in cut_off]
     for env, counts in ledger.counts().items():

@@ -128,7 +128,11 @@ class Learner(Protocol):
         ...
 
     async def apply(self) -> tuple[StepStats, Ref]:
-        """The optimizer step: new weights under a new version, and a reference to them for publication."""
+        """The optimizer step: new weights under a new version, and a reference to them for publication. Or a bad step, skipped."""
+        ...
+
+    async def roll_back(self, version: int) -> tuple[StepStats, Ref]:
+        """Weights and optimizer of the newest checkpoint again, as `version`, and a checkpoint of that."""
         ...
 
     async def save(self) -> str:

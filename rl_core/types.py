@@ -261,6 +261,8 @@ class StepStats:
 
     version: int  # policy version that the step made
     metrics: Mapping[str, float]
+    skipped: str = ""
+    """Why the step was not taken; then `version` and the weights are those of before. "" if it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 from learner import checkpoint
+from learner.guard import ENOUGH
 from learner.learner import Learner, StalenessError
 from learner.model import PolicyModel
 from learner.optimizer import connect
 from rl_core.advantages import group_advantages
 from rl_core.config import ImportanceConfig, LearnerConfig
-from rl_core.types import Group
+from rl_core.types import Group, StepStats
 from tests.integration.learner_ranks import completion, group, random_groups, rollout
 
 VOCAB = 32
@@ -174,6 +175,44 @@ def refusals(rank: int, folder: Path) -> Any:
         except RuntimeError as error:
             said[name] = str(error)
     return {"said": said, "staleness": metrics["learner/staleness_max"]}
+
+
+def bad_steps(rank: int, folder: Path, *, dtype: str = "float32", **changes: Any) -> Any:
+    """A gradient that is not finite on one rank, then one far too large, between good steps; beside a learner without either."""
+    changes |= {"dtype": getattr(torch, dtype)}
+    learner, undisturbed = make(folder, **changes), make(folder, **changes)
+    place = folder / f"spike-{dtype}-{learner.config.zero_stage}-{learner.world_size}"
+    good = [random_groups(2, vocab=VOCAB, seed=step, version=step) for step in range(ENOUGH + 1)]
+
+    def take(learner: Learner, groups: list[Group]) -> StepStats:
+        learner.accumulate(groups)
+        return learner.apply()
+
+    def disturbed(part: str, factor: float) -> StepStats:
+        parameter = next(p for n, p in learner.model.named_parameters() if p.requires_grad and n.startswith(part))
+        handle = parameter.register_hook(lambda gradient: gradient * factor if rank == learner.world_size - 1 else gradient)
+        try:
+            return take(learner, good[learner.version])
+        finally:
+            handle.remove()
+
+    said, spikes = [], []
+    for step, groups in enumerate(good):
+        if step in (0, 2):
+            said += [disturbed(part, float("nan")).skipped for part in ("lm", "mtp")]
+        if step == ENOUGH:
+            spikes.append(disturbed("lm", 1e6).skipped)
+            found = learner.save(place)
+            learner = make(folder, **changes)
+            learner.load(found)
+            spikes.append(disturbed("lm", 1e6).skipped)
+        assert take(learner, groups).skipped == ""
+        take(undisturbed, groups)
+    mine, theirs = weights(learner), weights(undisturbed)
+    return {
+        "said": said, "spikes": spikes, "versions": [learner.version, undisturbed.version],
+        "equal": all(torch.equal(mine[name], tensor) for name, tensor in theirs.items()),
+    }  # fmt: skip
 
 
 def agreement(rank: int, folder: Path, **changes: Any) -> Any:

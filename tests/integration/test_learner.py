@@ -27,6 +27,8 @@ ONE_RANK = [
     ("resume", "resume", {"name": "resume1"}),
     ("refusals", "refusals", {}),
     ("agreement", "agreement", {}),
+    ("bad_steps", "bad_steps", {}),
+    ("bad_steps_bf16", "bad_steps", {"zero_stage": 2, "dtype": "bfloat16"}),
     ("bandit", "bandit", {"count": 25}),
 ]
 
@@ -39,6 +41,8 @@ TWO_RANKS = [
     ("resume1", "resume", {"name": "resume2-1"}),
     ("resume3", "resume", {"name": "resume2-3", "zero_stage": 3}),
     ("agreement", "agreement", {"zero_stage": 3}),
+    ("bad_steps1", "bad_steps", {}),
+    ("bad_steps3", "bad_steps", {"zero_stage": 3}),
 ]
 
 
@@ -131,6 +135,14 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(one: dict[str,
         assert answer["equal"]
         assert answer["folder"] == "step-000002"
         assert {"model", "optimizer", "state.json", "rank-0.pt"} <= set(answer["files"])
+
+
+def test_a_bad_step_leaves_every_rank_as_it_was_and_says_why(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for answer in (one["bad_steps"][0], one["bad_steps_bf16"][0], *two["bad_steps1"], *two["bad_steps3"]):
+        assert answer["said"] == ["the gradient of the policy is nan", "the gradient of the MTP head is nan"] * 2
+        assert all("the gradient of the policy is" in s and "times the median of the last 8 steps" in s for s in answer["spikes"])
+        assert answer["versions"] == [9, 9]
+        assert answer["equal"], "weights and optimizer are those of a learner that never saw the bad steps"
 
 
 def test_tokens_that_are_too_old_or_too_new_are_refused_with_their_numbers(one: dict[str, Any]) -> None:

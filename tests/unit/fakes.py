@@ -90,6 +90,9 @@ class FakeLearner:
         self.staleness: list[int] = []
         self.proved: list[int] = []
         self.saved: list[int] = []
+        self.bad: list[str] = []
+        """What is wrong with the next steps, one each; "" for a good one."""
+        self.returns: list[int] = []
 
     async def accumulate(self, groups: Sequence[Ref]) -> dict[str, float]:
         await asyncio.sleep(self.rng.uniform(0.5, 3))
@@ -108,8 +111,15 @@ class FakeLearner:
     async def apply(self) -> tuple[StepStats, Ref]:
         await asyncio.sleep(0.1)
         assert self.version in self.proved, f"version {self.version} was replaced before an engine proved that it had arrived"
+        if self.bad and (reason := self.bad.pop(0)):
+            return StepStats(version=self.version, metrics={}, skipped=reason), None
         self.version += 1
         return StepStats(version=self.version, metrics={"learner/loss": 0.0}), self.version
+
+    async def roll_back(self, version: int) -> tuple[StepStats, Ref]:
+        self.returns.append(version)
+        self.version = version
+        return StepStats(version=version, metrics={"learner/rolled_back": 1.0}), version
 
     async def save(self) -> str:
         self.saved.append(self.version)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rl_core.bad_steps import TooManyBadSteps
 from rl_core.config import LoopConfig
 from rl_core.ledger import Ledger, read_balance
 from rl_core.loop import Budget, RunError, train
@@ -174,6 +175,34 @@ def test_checkpoints_fall_between_steps(tmp_path: Path) -> None:
     run = Run(LoopConfig(steps=12, groups_per_step=2), tmp_path)
     run.go()
     assert run.learner.saved == [5, 10]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_bad_steps_are_skipped_with_a_reason_and_several_in_a_row_go_back(tmp_path: Path, max_staleness: int) -> None:
+    cfg = LoopConfig(steps=10, groups_per_step=3, max_staleness=max_staleness, bad_steps=3)
+    run = Run(cfg, tmp_path, straggler=0.2)
+    run.learner.bad = ["", "the loss is nan", "", "the loss is inf", "the gradient of the policy is nan", "the gradient of the policy is 9"]
+    assert run.go() == 10
+    assert run.learner.returns == [3]
+    balances = read_balance(run.path)
+    assert all(b.balanced and b.open == 0 for b in balances)
+    assert sum(b.trained for b in balances) == 9 * 3, "one version of ten was made by no batch"
+    reasons = [r for b in balances for r in b.reasons]
+    assert {"filtered: bad step: the loss", "filtered: bad step: the gradient of the policy"} <= set(reasons)
+    assert [s["progress/step"] for s in run.recorder.steps] == [float(v) for v in range(1, 11)]
+    assert run.recorder.steps[2]["learner/rolled_back"] == 1.0
+    assert sum("is skipped" in note for note in run.recorder.notes) == 4
+    assert run.workers.version == 10
+
+
+def test_a_run_whose_steps_stay_bad_stops_with_a_sentence(tmp_path: Path) -> None:
+    run = Run(LoopConfig(steps=10, groups_per_step=3, bad_steps=2, max_rollbacks=1), tmp_path)
+    run.learner.bad = ["", *["the loss is nan"] * 4]
+    with pytest.raises(BaseExceptionGroup) as caught:
+        run.go()
+    assert caught.group_contains(TooManyBadSteps, match="2 steps in a row were bad .*, after 1 returns")
+    assert run.learner.returns == [2]
+    assert all(b.balanced for b in read_balance(run.path))
 
 
 def test_the_trained_mixture_is_the_requested_one_though_one_environment_rarely_has_signal(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_the_ledger_adds_up_through_every_path(tmp_path: Path) -> None:
     ledger.ready(ids[1])
     ledger.filter(ids[2], "no signal")
     ledger.abandon(ids[3], "its task is gone")
-    ledger.restart(ids[4])
+    ledger.restart(ids[4], "the run was cut off")
     assert ledger.abandon_open("the run ended") == 3
     (balance,) = read_balance(tmp_path / "l.sqlite")
     assert (balance.drawn, balance.open, balance.trained, balance.filtered, balance.abandoned) == (6, 0, 1, 1, 4)

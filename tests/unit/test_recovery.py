@@ -68,6 +68,7 @@ class Disk:
         self.journal: dict[str, Group] = {}
         self.checkpoint = (0, "seed")
         self.steps: list[int] = []
+        self.went_back: dict[int, int] = {}  # rollback version -> version of the checkpoint that it is again
 
     def append(self, group: Group) -> None:
         self.journal[group.id] = group
@@ -111,12 +112,22 @@ class ChainLearner:
         assert all(s.version == self.version for c in completions for s in c.spans)
         return Agreement(mean=0.0, max=0.0, num_tokens=1)
 
-    async def apply(self) -> tuple[StepStats, Ref]:
+    async def apply(self, *, again: bool = False) -> tuple[StepStats, Ref]:
         await self._work(0.1)
+        if not again and self.world.rng.random() < self.world.bad_steps:
+            await self._work(0.0)  # dead after the judgement, before its answer
+            return StepStats(version=self.version, metrics={}, skipped="the loss is nan"), None
         self.weights = next_weights(self.weights, [g.id for g in self.batch])
         self.version += 1
         await self._work(0.0)  # dead after the step, before its answer
         return StepStats(version=self.version, metrics={}), (self.version, self.weights)
+
+    async def adopt(self, version: int) -> None:
+        await self._work(1.0)
+        self.world.disk.went_back[version] = self.version
+        self.version = version
+        self.world.disk.checkpoint = (self.version, self.weights)
+        await self._work(0.0)
 
     async def snapshot(self) -> tuple[int, Ref]:
         return self.version, (self.version, self.weights)
@@ -215,7 +226,7 @@ def mortal(name: str) -> Any:
     return method
 
 
-for _name in ("draw", "ready", "train", "filter"):
+for _name in ("draw", "ready", "train", "filter", "skip", "roll_back"):
     setattr(MortalLedger, _name, mortal(_name))
 
 
@@ -240,8 +251,10 @@ class World:
     def __init__(self, folder: Path, seed: int, *, faults: float = 0.02, kills: float = 0.003, steps: int = 8) -> None:
         self.rng = random.Random(seed)
         self.cfg = LoopConfig(
-            steps=steps, groups_per_step=self.rng.randint(1, 5), max_staleness=self.rng.randint(0, 3), window=self.rng.randint(1, 5)
-        )
+            steps=steps, groups_per_step=self.rng.randint(1, 5), max_staleness=self.rng.randint(0, 3), window=self.rng.randint(1, 5),
+            bad_steps=2, max_rollbacks=100,
+        )  # fmt: skip
+        self.bad_steps = self.rng.choice([0.0, 0.0, 0.1, 0.4])
         self.faults, self.kills = faults, kills
         self.broken_env = self.rng.choice([None, *SHARES])
         self.disk = Disk(folder / f"{seed}.sqlite")
@@ -254,10 +267,11 @@ class World:
         ledger.world = self
         try:
             mixer = Mixer({name: partial(tasks, name) for name in SHARES}, SHARES)
-            learner = DurableLearner(self.launch, partial(self.batch, ledger), (Died,), on_saved=partial(self.saved, ledger))
-            for stats in await learner.open(ledger.version):
-                if stats.version not in self.disk.steps:
-                    self.disk.steps.append(stats.version)
+            learner = DurableLearner(
+                self.launch, partial(self.batch, ledger), (Died,), on_saved=partial(self.saved, ledger), rollbacks=lambda: ledger.rollbacks
+            )
+            done_again = [stats.version for stats in await learner.open(ledger.version)]
+            self.disk.steps += [v for v in (*done_again, *ledger.rollbacks) if v not in self.disk.steps]
             unfinished = recover(ledger, self.disk, mixer, own=lambda group: group, unusable=unusable)
             queue = DurableQueue(lambda: FlakyQueue(self), (Died,), groups=unfinished.queue, overtakers=unfinished.overtakers)
             await queue.open()
@@ -297,11 +311,12 @@ class World:
     def check(self) -> None:
         """The invariants, over all lives together."""
         ledger = Ledger(self.disk.ledger)
-        weights = "seed"
+        lineage = ["seed"]
         for version in range(1, self.cfg.steps + 1):
             batch = ledger.batch(version)
-            assert len(batch) == self.cfg.groups_per_step
-            weights = next_weights(weights, batch)
+            assert len(batch) == (0 if version in ledger.rollbacks else self.cfg.groups_per_step)
+            lineage.append(next_weights(lineage[-1], batch) if batch else lineage[self.disk.went_back[version]])
+        weights = lineage[-1]
         assert self.disk.checkpoint == (self.cfg.steps, weights), "the weights are not those of the ledger's steps"
         assert sorted(self.disk.steps) == list(range(1, self.cfg.steps + 1)), "a step was recorded twice, or not at all"
         assert ledger.open() == []
@@ -398,9 +413,18 @@ def one_slot_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def a_rollback_that_the_ledger_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MortalLedger, "roll_back", lambda self, version, reason: None)
+
+
+def a_skipped_step_whose_groups_stay_in_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MortalLedger, "skip", lambda self, names, reason: None)
+
+
 BUGS = [
     ack_before_persist, double_delivery, slots_before_weights_are_live, steps_forgotten_after_a_death, journal_pruned_too_early,
     half_a_batch_in_the_ledger, a_queue_that_forgets_the_window, one_slot_too_many,
+    a_rollback_that_the_ledger_does_not_know, a_skipped_step_whose_groups_stay_in_the_ledger,
 ]  # fmt: skip
 
 
