@@ -25,6 +25,7 @@ from typing import Any
 from gymnasium.utils.env_checker import check_env
 
 from environments.base import TextEnv
+from environments.plugin_files import target_of
 from rl_core.seams import Observation
 from rl_core.types import Task, Turn, Verdict
 
@@ -167,7 +168,7 @@ def _processes(env_class: type[TextEnv], options: Mapping[str, Any], second: boo
     assert here == fingerprint(env_class, options), "two draws in one process differ: does make_task or begin use a global random state?"
     if not second or "<locals>" in env_class.__qualname__ or env_class.__module__ == "__main__":
         return "the same twice in this process; no second one was asked, or none can import the class"
-    target = f"{env_class.__module__}:{env_class.__qualname__}"
+    target = target_of(env_class)
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     child = subprocess.run(
         [sys.executable, "-c", CHILD, target, json.dumps(dict(options))],

@@ -1,4 +1,4 @@
-"""From an environment's id to its class: built-ins, installed plugins, and `module:Class` without any packaging.
+"""From an environment's id to its class: built-ins, installed plugins, and `module:Class` or `path:Class` without any packaging.
 
 A plugin is a distribution with an entry point in the group `polyrl.environments`:
 
@@ -18,6 +18,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from environments.base import TextEnv
+from environments.plugin_files import import_path, is_path
 
 GROUP = "polyrl.environments"
 BUILT_INS = {
@@ -43,7 +44,7 @@ class EnvironmentEntry:
     """One row of `list_environments`."""
 
     id: str
-    target: str  # "module:Class"
+    target: str  # "module:Class" or "path:Class"
     source: str  # "built-in", or the distribution that a plugin came with
     env_class: type[TextEnv] | None
     error: str = ""
@@ -57,14 +58,16 @@ class EnvironmentEntry:
 
 
 def resolve(id: str) -> type[TextEnv]:
-    """The class behind a registered id or `module:Class`. Raises UnknownEnvironment or BrokenEnvironment."""
+    """The class behind a registered id, `module:Class`, `file.py:Class` or `folder:Class`. Raises UnknownEnvironment or BrokenEnvironment."""
     if ":" in id:
         return load(id)
     known = targets()
     if id not in known:
         near = difflib.get_close_matches(id, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
-        raise UnknownEnvironment(f"no environment {id!r}; {hint} A class that is not installed as a plugin is written module:Class")
+        raise UnknownEnvironment(
+            f"no environment {id!r}; {hint} A class that is not installed as a plugin is written module:Class or path/file.py:Class"
+        )
     return load(known[id][0])
 
 
@@ -93,16 +96,16 @@ def targets() -> dict[str, tuple[str, str]]:
 
 @cache
 def load(target: str) -> type[TextEnv]:
-    """Import `module:Class`. Raises BrokenEnvironment with the cause in one line."""
-    module_name, _, class_name = target.partition(":")
+    """Import `module:Class` or `path:Class`. Raises BrokenEnvironment with the cause in one line."""
+    module_name, _, class_name = (part.strip() for part in target.rpartition(":"))
     try:
-        module = importlib.import_module(module_name.strip())
+        module = import_path(module_name, class_name) if is_path(module_name) else importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         log.debug("importing %s failed", module_name, exc_info=True)
         hint = f"; is its folder on PYTHONPATH? (looked for {error.name!r})" if isinstance(error, ModuleNotFoundError) else ""
         cause = f"importing {module_name!r} raised {type(error).__name__}: {error}"
         raise BrokenEnvironment(f"environment {target!r}: {cause}{hint}") from error
-    found = getattr(module, class_name.strip(), None)
+    found = getattr(module, class_name, None)
     if found is None:
         names = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, TextEnv) and v is not TextEnv]
         there = ", ".join(names) or "none"

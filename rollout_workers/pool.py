@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayActorError, TaskCancelledError
 
 from environments.host_actor import EnvLimits, HostActor
+from environments.plugin_files import absolute
 from rl_core.config import RunConfig
 from rl_core.process_env import cpu_environment
 from rl_core.seams import GroupResult, Ref
@@ -92,7 +93,7 @@ class Pool:
             actor = place.actor
             place.busy += 1
             try:
-                return await self._on(actor, group_id, task, spec, settings.id or task.env, options)
+                return await self._on(actor, group_id, task, spec, absolute(settings.id or task.env), options)
             except DEATHS as death:
                 log.warning("worker %s died while it ran group %s: %s", place.name, group_id, death)
                 await self._revive(place, actor, death)
