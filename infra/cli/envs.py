@@ -1,8 +1,9 @@
-"""polyrl envs: list, show, check."""
+"""polyrl envs: list, show, check, new."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,10 +13,11 @@ from infra.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
-    envs = typer.Typer(help="Environments: list, show, check.", no_args_is_help=True, rich_markup_mode=None)
+    envs = typer.Typer(help="Environments: list, show, check, make a new one.", no_args_is_help=True, rich_markup_mode=None)
     envs.command("list")(list_)
     envs.command("show")(show)
     envs.command("check")(check)
+    envs.command("new")(new)
     app.add_typer(envs, name="envs")
 
 
@@ -90,6 +92,17 @@ def check(
             typer.echo(str(r))
     if not all(r.ok for r in results):
         raise typer.Exit(1)
+
+
+def new(
+    name: Annotated[str, typer.Argument(help="Its id, such as word_sums.")],
+    into: Annotated[Path, typer.Option(help="Folder in which the package's folder is made.")] = Path("."),
+) -> None:
+    """Make a package of one environment, which passes its check and trains as it is."""
+    from infra.scaffold import scaffold
+
+    folder = scaffold(name, into)
+    typer.echo(f"made {folder}; next: pip install -e {folder}; polyrl envs check {name}; README.md there says the rest")
 
 
 def read_options(items: list[str]) -> dict[str, Any]:
