@@ -27,8 +27,8 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import gymnasium
@@ -89,6 +89,20 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
     def on_truncated(self) -> Verdict:
         """The verdict when a budget (turns, tokens) ended the episode before the environment did."""
         return Verdict(status=Status.INVALID_OUTPUT, reward=0.0, evidence={"reason": "a budget ended the episode before an answer"})
+
+    # --- what an audit may ask --------------------------------------------------------------------------------------
+
+    def second_opinion(self, turns: Sequence[Turn]) -> bool | None:
+        """Whether a finished episode of `self.task` earned full reward, by another way than `act` judges; None if there is none.
+
+        Never trained on: a policy that learns to please one verifier does not know this one.
+        """
+        return None
+
+    @classmethod
+    def honeypot(cls, task: Task, rng: random.Random) -> Task | None:
+        """`task` in the same words, with gold that no honest work reaches: what it pays is a leak or a hole. None if there is none."""
+        return None
 
     # --- tasks ------------------------------------------------------------------------------------------------------
 
@@ -157,8 +171,19 @@ def to_gym(observation: Observation) -> dict[str, Any]:
     }
 
 
+def as_honeypot(task: Task, private: Mapping[str, Any]) -> Task:
+    """`task` with another private part, under a key of its own. For `TextEnv.honeypot`."""
+    key = hashlib.sha256(json.dumps([task.key, private], sort_keys=True).encode()).hexdigest()[:16]
+    return replace(task, key=key, private=private)
+
+
+def unguessable(rng: random.Random) -> int:
+    """A whole number of 18 digits."""
+    return rng.randrange(10**17, 10**18)
+
+
 def _hash_int(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
-__all__ = ["Message", "Observation", "Status", "Task", "TaskDraft", "TextEnv", "Turn", "Verdict", "to_gym"]
+__all__ = ["Message", "Observation", "Status", "Task", "TaskDraft", "TextEnv", "Turn", "Verdict", "as_honeypot", "to_gym", "unguessable"]

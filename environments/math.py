@@ -9,16 +9,20 @@ digit, so that every step is one look-up of single digits; the answer collects t
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
+from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict, as_honeypot, unguessable
 from environments.knobs import check_choices, check_range, read_knobs, shows_working
 from reward_models import math_answer
 
 KINDS = ("add", "sub", "mul", "chain", "equation", "word")
 KNOBS: dict[str, Any] = {"digits": 4, "terms": 6, "kinds": list(KINDS), "system": ""}
 """digits: of the numbers in `add` and `sub`; the other kinds have one fewer. terms: single digits in a chain. system: a system message."""
+
+MAX_READ = 10_000
+"""Characters at the end of an answer that the second opinion reads."""
 
 NAMES = ("Ann", "Bob", "Eve", "Tom")
 THINGS = ("nuts", "pens", "cups", "eggs")
@@ -74,6 +78,19 @@ class MathEnv(TextEnv):
         assert self.task is not None
         thought = working(self.task.public) if shows_working(self.knobs, rng) else ""
         return Turn(thought=thought, content=self.task.private["answer"])
+
+    def second_opinion(self, turns: Sequence[Turn]) -> bool | None:
+        """Where a whole number is wanted: the last one in the answer is it, as a string."""
+        assert self.task is not None
+        wanted = str(self.task.private["answer"])
+        if not re.fullmatch(r"-?[0-9]+", wanted):
+            return None
+        numbers = re.findall(r"-?[0-9]+", turns[-1].content[-MAX_READ:].replace(",", "")) if turns else []
+        return bool(numbers) and numbers[-1] == wanted
+
+    @classmethod
+    def honeypot(cls, task: Task, rng: random.Random) -> Task:
+        return as_honeypot(task, {**task.private, "answer": str(unguessable(rng))})
 
     def _verdict(self, status: Status, correct: bool, is_number: bool, evidence: dict[str, str]) -> Verdict:
         return Verdict(

@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from environments.registry import resolve
+from infra.audit.gate import AuditedWorkers
 from infra.ray_cluster import connect
 from learner.actor import LearnerGroup
 from rl_core.bad_steps import TooManyBadSteps
@@ -35,9 +36,9 @@ from rl_core.mixer import Mixer
 from rl_core.recovery import recover
 from rl_core.replay_queue import ReplayQueue
 from rl_core.run_store import RunStore, StoredRun
-from rl_core.seams import GroupResult
+from rl_core.seams import GroupResult, RolloutWorkers
 from rl_core.types import EpisodeSpec, SamplingParams, StepStats, Task
-from rollout_workers.pool import Pool
+from rollout_workers.pool import Pool, as_future
 
 log = logging.getLogger("polyrl")
 
@@ -124,7 +125,7 @@ class Run:
                 config.loop,
                 mixer=mixer,
                 specs=self.specs,
-                workers=pool,
+                workers=self.audited(pool),
                 queue=queue,
                 learner=learner,
                 ledger=self.ledger,
@@ -236,6 +237,12 @@ class Run:
             await asyncio.to_thread(self.journal.append, group)
         await asyncio.to_thread(self.store.add_groups, [group], label, None)
 
+    def audited(self, pool: Pool) -> RolloutWorkers:
+        """The engines, with honeypots among their tasks and the audit's gate behind them where the config asks for one."""
+        if self.config.audit.gate == "off" and not self.config.audit.honeypots:
+            return pool
+        return AuditedWorkers(pool, self.config, fetch=as_future, own=ray.put, keep=self.keep, note=self.note)
+
     async def interruptible(self, work: Any) -> Any:
         """The result of `work`, or None if the run is asked to stop before it is there."""
         task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self.stop.wait())
@@ -262,6 +269,9 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
 
+    def note(self, text: str) -> None:
+        self.out.emit(Event(kind="note", data={"text": text}))
+
     def phase(self, name: str, detail: str) -> None:
         self.out.emit(Event(kind="phase", data={"name": name, "detail": detail}))
 
@@ -277,7 +287,7 @@ class Watch:
         await self._run.keep(result, "train")
 
     def note(self, text: str) -> None:
-        self._run.out.emit(Event(kind="note", data={"text": text}))
+        self._run.note(text)
 
     async def step(self, step: int, version: int, metrics: dict[str, float]) -> None:
         self._run.out.emit(Event(kind="step", data={"version": version, "metrics": metrics}))

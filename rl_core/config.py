@@ -163,6 +163,18 @@ class EvalConfig:
 
 
 @dataclass
+class AuditConfig:
+    """What watches the reward while the run goes. `polyrl audit` looks at a stored run, whatever stands here."""
+
+    honeypots: float = 0.0
+    """Groups of honeypot tasks, which only a cheat can solve, sampled for each training group; stored, never trained. 0.05 is plenty."""
+    gate: str = "off"
+    """What an alarm does: off (nobody looks), note, penalty (named answers earn 0), quarantine (the environment is masked), stop."""
+    every: int = 64
+    """Rollouts of an environment between two looks."""
+
+
+@dataclass
 class RunConfig:
     """Everything about one run."""
 
@@ -178,6 +190,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -277,6 +290,11 @@ def validate(config: RunConfig) -> None:
     _at_least("eval.tasks", c.eval.tasks, 0)
     _at_least("eval.every", c.eval.every, 0)
     _at_least("eval.every_tasks", c.eval.every_tasks, 1)
+    _at_least("audit.honeypots", c.audit.honeypots, 0, "0.05 is one group in twenty")
+    if c.audit.honeypots > 1:
+        raise ConfigError(f"audit.honeypots is {c.audit.honeypots}, wanted at most 1: they take the engines' time and train nothing")
+    _one_of("audit.gate", c.audit.gate, ("off", "note", "penalty", "quarantine", "stop"))
+    _at_least("audit.every", c.audit.every, 1)
     if not c.environments:
         raise ConfigError("environments is empty; name at least one, for example `environments: {math: {}}`, and see `polyrl envs list`")
     for name, env in c.environments.items():

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from rl_core.types import Completion, Group, Message, Rollout, Status, Task, Verdict, VersionSpan
+from rl_core.types import Completion, Group, Message, Rollout, Status, Task, Turn, Verdict, VersionSpan
 
 SEGMENT_BYTES = 64 << 20
 """A segment is closed beyond this size; only closed ones can be pruned."""
@@ -133,7 +133,7 @@ def header(group: Group) -> str:
     rollouts = [
         {
             "id": r.id, "worker": r.worker, "started_at": r.started_at, "seconds": r.seconds, "verdict": asdict(r.verdict),
-            "messages": [[m.role, m.content] for m in r.messages],
+            "messages": [[m.role, m.content] for m in r.messages], "turns": [asdict(t) for t in r.turns], "truncated": r.truncated,
         }
         for r in group.rollouts
     ]  # fmt: skip
@@ -185,6 +185,8 @@ def from_batch(head: dict[str, Any], batch: pa.RecordBatch) -> Group:
             completions=tuple(mine),
             messages=tuple(Message(role=role, content=content) for role, content in r["messages"]),
             verdict=Verdict(**(r["verdict"] | {"status": Status(r["verdict"]["status"])})),
+            turns=tuple(Turn.from_dict(t) for t in r["turns"]),
+            truncated=r["truncated"],
             worker=r["worker"],
             started_at=r["started_at"],
             seconds=r["seconds"],

@@ -22,7 +22,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +33,7 @@ from rl_core.config import RunConfig, to_yaml
 from rl_core.events import Event
 from rl_core.types import Group, Rollout
 
-LABELS = ("train", "before", "during", "after")
+LABELS = ("train", "before", "during", "after", "honeypot")
 
 SEGMENT_ROWS = 512
 """Rollouts per Parquet segment: large enough to compress, small enough to lose little when the machine dies."""
@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
         ("env", pa.string()),
         ("task_key", pa.string()),
         ("split", pa.string()),
-        ("label", pa.string()),  # train, before, during, after
+        ("label", pa.string()),  # one of LABELS
         ("difficulty", pa.string()),
         ("step", pa.int32()),  # null where the caller does not know it
         ("reward", pa.float32()),  # null where the rollout is masked
@@ -56,6 +56,9 @@ SCHEMA = pa.schema(
         ("components", pa.string()),  # JSON object of numbers
         ("evidence", pa.string()),  # JSON object of strings
         ("messages", pa.string()),  # JSON list of {role, content}
+        ("task", pa.string()),  # JSON object {seed, public, private}: with the turns, what re-scoring needs
+        ("turns", pa.string()),  # JSON list of {content, thought, tool_calls, malformed}
+        ("truncated", pa.bool_()),  # a budget ended the episode, after the turns
         ("num_prompt_tokens", pa.int32()),
         ("num_sampled_tokens", pa.int32()),
         ("min_version", pa.int32()),
@@ -104,7 +107,7 @@ class RunStore:
             self._events.flush()
 
     def add_groups(self, groups: Sequence[Group], label: str, step: int | None = None) -> None:
-        """Keep every rollout of `groups`. `label` says what they were sampled for: train, before, during or after."""
+        """Keep every rollout of `groups`. `label` says what they were sampled for: one of LABELS."""
         if label not in LABELS:
             raise ValueError(f"label {label!r}, wanted one of {', '.join(LABELS)}")
         if self._failure is not None:
@@ -235,7 +238,7 @@ class StoredRun:
         parts = sorted(str(p) for p in (self.run_dir / "rollouts").glob("part-*.parquet"))
         with duckdb.connect(config={"threads": 1}) as db:
             if parts:
-                db.from_parquet(parts).create_view("rollouts")
+                db.from_parquet(parts, union_by_name=True).create_view("rollouts")
             else:
                 db.register("rollouts", SCHEMA.empty_table())
             cursor = db.execute(query)
@@ -262,6 +265,9 @@ def _row(group: Group, rollout: Rollout, label: str, step: int | None, *, keep_t
         "components": json.dumps(dict(verdict.components)),
         "evidence": json.dumps(dict(verdict.evidence)),
         "messages": json.dumps([{"role": m.role, "content": m.content} for m in rollout.messages]),
+        "task": json.dumps({"seed": task.seed, "public": dict(task.public), "private": dict(task.private)}),
+        "turns": json.dumps([asdict(turn) for turn in rollout.turns]),
+        "truncated": rollout.truncated,
         "num_prompt_tokens": rollout.num_prompt,
         "num_sampled_tokens": rollout.num_sampled,
         "min_version": min(versions, default=None),

@@ -68,6 +68,12 @@ class Turn:
     malformed: str = ""
     """What is wrong with the markup, in words ("unclosed <think>", "tool call is not JSON"); "" if nothing is."""
 
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Turn:
+        """The turn that `dataclasses.asdict` took apart, after any number of trips through JSON."""
+        calls = tuple(ToolCall(name=c["name"], arguments=c["arguments"]) for c in data["tool_calls"])
+        return Turn(content=data["content"], thought=data["thought"], tool_calls=calls, malformed=data["malformed"])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -157,6 +163,10 @@ class Rollout:
     messages: tuple[Message, ...]
     """The conversation as people read it, the policy's turns included. Never tokenized."""
     verdict: Verdict
+    turns: tuple[Turn, ...] = ()
+    """The environment's actions, as it got them: with the task, they lead to the same verdict again (invariant 7)."""
+    truncated: bool = False
+    """A budget ended the episode: the verdict is that of `truncate`, after the turns."""
     worker: str = ""
     started_at: float = 0.0  # seconds since the epoch
     seconds: float = 0.0  # wall time from start to verdict

@@ -42,6 +42,8 @@ class Transcript:
 
     completions: list[Completion] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    truncated: bool = False
 
 
 async def run_episode(
@@ -66,6 +68,8 @@ async def run_episode(
         completions=tuple(transcript.completions),
         messages=tuple(transcript.messages),
         verdict=verdict,
+        turns=tuple(transcript.turns),
+        truncated=transcript.truncated,
         worker=worker,
         started_at=started_at,
         seconds=time.monotonic() - began,
@@ -95,11 +99,13 @@ async def converse(
         if completion.finish_reason == "length" and not turn.malformed:
             turn = replace(turn, malformed=CUT_OFF)
         transcript.messages.append(Message(role="assistant", content=render(turn)))
+        transcript.turns.append(turn)
         transition = await ask(session.step(turn))
         if transition.verdict is not None:
             return transition.verdict
         transcript.messages += transition.observation.messages
         ids = chat.extend([*ids, *completion.token_ids.tolist()], transition.observation.messages)
+    transcript.truncated = True
     transition = await ask(session.truncate())
     if transition.verdict is None:
         raise SessionFailed("truncate() gave no verdict; an environment's on_truncated() must return one")

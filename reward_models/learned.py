@@ -1,0 +1,1 @@
+VERIFIED = "verified"
