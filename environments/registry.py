@@ -58,7 +58,7 @@ class EnvironmentEntry:
 
 
 def resolve(id: str) -> type[TextEnv]:
-    """The class behind a registered id, `module:Class`, `file.py:Class` or `folder:Class`. Raises UnknownEnvironment or BrokenEnvironment."""
+    """The class behind an id, `module:Class`, `file.py:Class` or `folder:Class`. Raises UnknownEnvironment or BrokenEnvironment."""
     if ":" in id:
         return load(id)
     known = targets()

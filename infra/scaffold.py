@@ -1,7 +1,7 @@
 """`polyrl envs new NAME`: a package of one environment that passes the conformance kit and trains, to be rewritten by its author.
 
-    polyrl-NAME/  pyproject.toml (the entry point)   polyrl_NAME/__init__.py   polyrl_NAME/env.py
-                  tests/test_env.py (the kit)        run.yaml                  README.md
+polyrl-NAME/  pyproject.toml (the entry point)   polyrl_NAME/__init__.py   polyrl_NAME/env.py
+              tests/test_env.py (the kit)        run.yaml                  README.md
 """
 
 from __future__ import annotations

@@ -119,7 +119,9 @@ def test_the_scaffold_is_a_plugin_once_it_is_installed(tmp_path: Path) -> None:
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", folder / "tests")
 
 
-@pytest.mark.parametrize(("name", "complaint"), [("math", "exists already"), ("Word", "small letters"), ("class", "small letters"), ("", "small letters")])
+@pytest.mark.parametrize(
+    ("name", "complaint"), [("math", "exists already"), ("Word", "small letters"), ("class", "small letters"), ("", "small letters")]
+)
 def test_a_scaffold_of_a_wrong_name_is_refused(tmp_path: Path, name: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         scaffold(name, tmp_path)
