@@ -28,7 +28,7 @@ import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import gymnasium
@@ -47,6 +47,8 @@ class TaskDraft:
 
     public: Mapping[str, Any]
     private: Mapping[str, Any] = field(default_factory=dict)
+    hint: Mapping[str, Any] = field(default_factory=dict)
+    """Goes into the task's private part, but not into its key: one right answer of several, for the oracle."""
     difficulty: str = ""
 
 
@@ -128,7 +130,10 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
             draft = cls.make_task(random.Random(item_seed), options)
             key = hashlib.sha256(json.dumps([cls.id, draft.public, draft.private], sort_keys=True).encode()).hexdigest()[:16]
             if (int(key, 16) % EVAL_BUCKETS == 0) == (split == "eval"):
-                return Task(env=cls.id, key=key, split=split, seed=item_seed, **asdict(draft))
+                private = {**draft.private, **draft.hint}
+                return Task(
+                    env=cls.id, key=key, split=split, seed=item_seed, public=draft.public, private=private, difficulty=draft.difficulty
+                )  # fmt: skip
         raise RuntimeError(f"{cls.id}: 10,000 draws gave no {split} task; the generator has too few distinct tasks")
 
     # --- Gymnasium --------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Confinement:
     def __init__(self) -> None:
         sweep()
         self._group: Cgroup | None = None
-        factory = CgroupFactory()
+        factory = CgroupFactory(prefix="polyrl-host")
         try:
             self._group = factory.open(Limits(memory_mb=NO_MEMORY_LIMIT_MB, processes=MAX_TASKS))
             for file in self._group.joins if self._group else ():
@@ -72,8 +72,8 @@ class Confinement:
 def sweep(roots: tuple[Path, ...] = GROUPS) -> None:
     """Kill what the hosts that have died left in their groups, and remove these."""
     for root in roots:
-        for folder in root.glob("polyrl-*-*") if root.is_dir() else ():
-            owner = folder.name.split("-")[1]
+        for folder in root.glob("polyrl-*") if root.is_dir() else ():
+            owner = folder.name.split("-")[-2]
             if owner.isdigit() and not psutil.pid_exists(int(owner)):
                 Cgroup([folder]).remove()
 

@@ -112,7 +112,7 @@ class HostActor:
         return self._host.ping()
 
     async def status(self) -> dict[str, Any]:
-        """For people and tests: open episodes, stuck calls by environment, resident bytes, threads."""
+        """For people and tests: open episodes, stuck calls by environment, resident bytes, threads, open files."""
         stuck = {name: len(room.stuck) for name, room in self._rooms.items() if room.stuck}
         return {
             "open": self._host.ping(),
@@ -120,6 +120,7 @@ class HostActor:
             "ending": self.ending,
             "resident_bytes": resident_bytes(),
             "threads": threading.active_count(),
+            "files": len(os.listdir("/proc/self/fd")),
         }
 
     async def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:

@@ -26,6 +26,8 @@ BUILT_INS = {
     "long_context": "environments.long_context:LongContextEnv",
     "code": "environments.code:CodeEnv",
     "tools": "environments.tools:ToolsEnv",
+    "instructions": "environments.instructions:InstructionsEnv",
+    "structured": "environments.structured:StructuredEnv",
 }
 
 log = logging.getLogger(__name__)

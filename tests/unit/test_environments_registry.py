@@ -65,7 +65,7 @@ def test_built_ins_resolve_to_their_classes() -> None:
 def test_an_unknown_id_suggests_the_nearest_one() -> None:
     with pytest.raises(UnknownEnvironment, match="did you mean 'math'"):
         resolve("mathh")
-    with pytest.raises(UnknownEnvironment, match="known: code, long_context, math, tools"):
+    with pytest.raises(UnknownEnvironment, match="known: code, instructions, long_context, math, structured, tools"):
         resolve("zzzzzz")
     assert issubclass(UnknownEnvironment, ValueError)
 
