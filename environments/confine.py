@@ -14,18 +14,16 @@ from pathlib import Path
 
 import psutil
 
-from environments.sandbox.base import Limits
-from environments.sandbox.cgroups import Cgroup, CgroupFactory
+from environments.sandbox.cgroups import Cgroup
 
 log = logging.getLogger(__name__)
 
 MAX_TASKS = 1024
 """Processes and threads of one host and all that it starts. A host of a busy run has some 200."""
 MAX_CHILDREN = 256
-NO_MEMORY_LIMIT_MB = 1 << 30
-"""The group bounds processes alone: the host watches its memory itself, and ends between episodes."""
 
-GROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup/pids"))
+V2, V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")
+PREFIX = "polyrl-host-"
 
 
 class Confinement:
@@ -33,15 +31,11 @@ class Confinement:
 
     def __init__(self) -> None:
         sweep()
-        self._group: Cgroup | None = None
-        factory = CgroupFactory(prefix="polyrl-host")
+        self._group: Path | None = None
         try:
-            self._group = factory.open(Limits(memory_mb=NO_MEMORY_LIMIT_MB, processes=MAX_TASKS))
-            for file in self._group.joins if self._group else ():
-                Path(file).write_text(str(os.getpid()))
+            self._group = join_group()
         except OSError as error:
             log.info("no control group for this environment host: %s", error)
-            self._group = None
         if self._group is None and os.getuid() != 0:
             mine = sum(p.info["num_threads"] or 0 for p in psutil.process_iter(["uids", "num_threads"]) if _is_mine(p))
             _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
@@ -52,7 +46,7 @@ class Confinement:
         """Why the host must end, as a clause; "" while what it has started is within bounds."""
         if self._group is not None:
             with contextlib.suppress(OSError, ValueError):
-                tasks = int((self._group.folders[-1] / "pids.current").read_text())
+                tasks = int((self._group / "pids.current").read_text())
                 return f"its environments have started {tasks} processes and threads" if tasks > 0.9 * MAX_TASKS else ""
         children = len(psutil.Process().children(recursive=True))
         return f"its environments have started {children} processes" if children > MAX_CHILDREN else ""
@@ -63,19 +57,33 @@ class Confinement:
         pids = {child.pid for child in psutil.Process().children(recursive=True)}
         if self._group is not None:
             with contextlib.suppress(OSError):
-                pids |= {int(pid) for pid in (self._group.folders[-1] / "cgroup.procs").read_text().split()}
+                pids |= {int(pid) for pid in (self._group / "cgroup.procs").read_text().split()}
         for pid in pids - {me}:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, 9)
 
 
-def sweep(roots: tuple[Path, ...] = GROUPS) -> None:
+def join_group() -> Path:
+    """Put this process, and so all that it starts, into a new group. Raises OSError where that is not allowed."""
+    root = V1
+    if (V2 / "cgroup.controllers").is_file():
+        root = V2
+        (root / "cgroup.subtree_control").write_text("+pids")
+    elif not (root / "cgroup.procs").is_file():
+        raise FileNotFoundError(f"no pids controller below {V2}")
+    folder = root / f"{PREFIX}{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    (folder / "pids.max").write_text(str(MAX_TASKS))
+    (folder / "cgroup.procs").write_text(str(os.getpid()))
+    return folder
+
+
+def sweep() -> None:
     """Kill what the hosts that have died left in their groups, and remove these."""
-    for root in roots:
-        for folder in root.glob("polyrl-*") if root.is_dir() else ():
-            owner = folder.name.split("-")[-2]
-            if owner.isdigit() and not psutil.pid_exists(int(owner)):
-                Cgroup([folder]).remove()
+    for folder in (*V2.glob(f"{PREFIX}*"), *V1.glob(f"{PREFIX}*")):
+        owner = folder.name.removeprefix(PREFIX)
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            Cgroup([folder]).remove()
 
 
 def resident_bytes() -> int:

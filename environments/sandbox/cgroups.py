@@ -61,9 +61,8 @@ class Cgroup:
 class CgroupFactory:
     """Makes groups below `root`. `why_not` says why it cannot, if it cannot."""
 
-    def __init__(self, root: Path = _ROOT, *, prefix: str = "polyrl") -> None:
-        """`prefix`: of the groups' names; two factories of one process need two."""
-        self._root, self._prefix = root, prefix
+    def __init__(self, root: Path = _ROOT) -> None:
+        self._root = root
         self._counter = itertools.count()
         self._v2 = (root / "cgroup.controllers").is_file()
         self.why_not = ""
@@ -88,7 +87,7 @@ class CgroupFactory:
             raise FileNotFoundError(f"no cgroup controllers memory and pids below {self._root}")
 
     def _make(self, limits: Limits) -> Cgroup:
-        name = f"{self._prefix}-{os.getpid()}-{next(self._counter)}"
+        name = f"polyrl-{os.getpid()}-{next(self._counter)}"
         parents = [self._root] if self._v2 else [self._root / "memory", self._root / "pids"]
         group = Cgroup([parent / name for parent in parents])
         try:
