@@ -15,6 +15,8 @@ Kind = Literal["finished", "timeout", "oom", "output_limit", "infra_error"]
 READY = b"ready\n"
 """The runner's first words, written before it has seen the program: without them, nothing of the policy's ran."""
 
+LANGUAGES = ("python",)
+"""What `runner.py` knows how to run."""
 
 _FIRST_UID, _UIDS_PER_PROCESS = 100_000_000, 256
 
@@ -49,7 +51,12 @@ class SandboxJob:
     """"function": call `entry` with each input (a JSON value). "stdin": run the program once per input (a string)."""
     inputs: tuple[Any, ...]
     entry: str = "f"
+    language: str = "python"
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("function", "stdin"):
+            raise ValueError(f"mode {self.mode!r} of a sandbox job, wanted function or stdin")
 
     def payload(self) -> bytes:
         """What the runner reads: the number of bytes on a line of its own, then that many bytes of JSON."""
@@ -58,6 +65,7 @@ class SandboxJob:
             {
                 "program": self.program,
                 "mode": self.mode,
+                "language": self.language,
                 "entry": self.entry,
                 "inputs": list(self.inputs),
                 "case_wall_s": limits.case_wall_s,
@@ -83,12 +91,21 @@ class SandboxResult:
 
 
 class Sandbox(Protocol):
-    """A backend. `run` may be called from many threads and never raises for anything that a program does."""
+    """A backend. `run` may be called from many threads and never raises for anything that a program does.
+
+    It raises ValueError for a job in a language that is not in `languages`: the task's mistake, whatever the policy wrote.
+    """
 
     name: str
+    languages: tuple[str, ...]
 
     def run(self, job: SandboxJob) -> SandboxResult: ...
     def close(self) -> None: ...
+
+
+def check_language(sandbox: Sandbox, job: SandboxJob) -> None:
+    if job.language not in sandbox.languages:
+        raise ValueError(f"a program in {job.language!r}; the {sandbox.name} sandbox runs {', '.join(sandbox.languages)}")
 
 
 def runner_source() -> str:

@@ -32,13 +32,17 @@ class BubblewrapSandbox(Sandbox):
     """Raises SandboxUnavailable where a first harmless program does not come back right."""
 
     name = "bubblewrap"
+    languages = base.LANGUAGES
 
     def __init__(self, width: int | None = None) -> None:
         self._bwrap = _find_bwrap()
         self._gate = Gate(width or base.default_width())
         self._cgroups = CgroupFactory()
         self._source = base.runner_source()
-        self._seccomp = filter_program()
+        try:
+            self._seccomp = filter_program()
+        except ValueError as error:
+            raise SandboxUnavailable(f"bubblewrap: {error}") from error
         self._prefix = Path(sys.base_prefix)
         probe = self.run(SandboxJob(program="def f(x):\n return x", mode="function", inputs=(1,)))
         if probe.kind != "finished" or b'"value"' not in probe.stdout:
@@ -53,6 +57,7 @@ class BubblewrapSandbox(Sandbox):
         return self._cgroups.why_not or "cgroup"
 
     def run(self, job: SandboxJob) -> SandboxResult:
+        base.check_language(self, job)
         payload = job.payload()
         with self._gate.slot() as slot:
             started = time.monotonic()
@@ -70,23 +75,17 @@ class BubblewrapSandbox(Sandbox):
         """Nothing stays warm."""
 
     def _run(self, job: SandboxJob, payload: bytes, slot: int, group: Cgroup | None, started: float) -> SandboxResult:
-        seccomp = os.memfd_create("seccomp")
         try:
-            os.write(seccomp, self._seccomp)
-            os.lseek(seccomp, 0, os.SEEK_SET)
-            command = self.command(job.limits, slot, seccomp)
             process = subprocess.Popen(
-                ["/bin/sh", "-c", _JOIN_THEN, "sh", *command],
+                ["/bin/sh", "-c", _JOIN_THEN, "sh", *self.command(job.limits, slot)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-                env={"JOIN": " ".join(group.joins) if group else ""}, pass_fds=(seccomp,), start_new_session=True,
+                env={"JOIN": " ".join(group.joins) if group else ""}, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             return SandboxResult(kind="infra_error", stdout=b"", stderr_tail=f"{type(error).__name__}: {error}", wall_s=0.0)
-        finally:
-            os.close(seccomp)
         stdin, stdout, stderr = streams = _streams(process)
         try:
-            kind, transcript = pump(Pipes(stdin.fileno(), stdout.fileno(), stderr.fileno()), payload, job.limits)
+            kind, transcript = pump(Pipes(stdin.fileno(), stdout.fileno(), stderr.fileno()), payload, job.limits, cases=len(job.inputs))
         finally:
             # Ending bwrap ends its process namespace, and with it everything that the program started.
             with contextlib.suppress(ProcessLookupError):
@@ -99,7 +98,7 @@ class BubblewrapSandbox(Sandbox):
         seconds = time.monotonic() - started
         return SandboxResult(kind=kind, stdout=transcript.answer, stderr_tail=base.tail(transcript.stderr), wall_s=seconds)
 
-    def command(self, limits: Limits, slot: int, seccomp_fd: int) -> list[str]:
+    def command(self, limits: Limits, slot: int) -> list[str]:
         """The whole bwrap command line: every privilege that a program has is listed here."""
         # A user namespace that bwrap makes maps one uid only, so root does without one and the runner changes uid by itself, which
         # clears its capabilities; the bounding set stays, and means nothing as bwrap forbids new privileges.
@@ -114,9 +113,9 @@ class BubblewrapSandbox(Sandbox):
             "--clearenv", "--setenv", "POLYRL_SANDBOX", "1", "--setenv", "PATH", "/nowhere", "--setenv", "HOME", "/tmp",
             "--setenv", "LANG", "C.UTF-8", "--setenv", "LD_LIBRARY_PATH", "/python/lib",
             *self._mounts(limits),
-            "--chdir", "/tmp", "--seccomp", str(seccomp_fd),
+            "--chdir", "/tmp",
             "/python/bin/python3", "-I", "-S", "-B", "-c", self._source,
-            str(uid), str(limits.processes),
+            str(uid), str(limits.processes), self._seccomp.hex(),
         ]  # fmt: skip
 
     def _mounts(self, limits: Limits) -> list[str]:

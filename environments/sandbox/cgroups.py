@@ -1,4 +1,4 @@
-"""Memory and process limits over a whole tree of processes, where this process may write to cgroups (v1 or v2).
+"""Memory, process and processor limits over a whole tree of processes, where this process may write to cgroups (v1 or v2).
 
 Resource limits bind single processes; a control group binds all that a program forks. Without the right to make one, a
 sandbox still has the former: `CgroupFactory.open` then returns None.
@@ -17,6 +17,9 @@ from environments.sandbox.base import Limits
 _ROOT = Path("/sys/fs/cgroup")
 _OVERHEAD = 8
 """Processes of the sandbox itself beside the program's."""
+
+_SWAP = ("memory.swap.max", "memory.memsw.limit_in_bytes")
+"""There only where the kernel accounts for swap. v2 counts swap alone, v1 counts memory and swap together."""
 
 
 class Cgroup:
@@ -66,6 +69,8 @@ class CgroupFactory:
         self._counter = itertools.count()
         self._v2 = (root / "cgroup.controllers").is_file()
         self.why_not = ""
+        self._with_cpu = False
+        """One processor per program, where there is that controller; without, each process still has its own limit of seconds."""
         try:
             self._prepare()
             probe = self._make(Limits())
@@ -78,30 +83,37 @@ class CgroupFactory:
 
     def _prepare(self) -> None:
         if self._v2:
-            controllers = (self._root / "cgroup.controllers").read_text().split()
-            missing = {"memory", "pids"} - set(controllers)
+            controllers = set((self._root / "cgroup.controllers").read_text().split())
+            missing = {"memory", "pids"} - controllers
             if missing:
                 raise FileNotFoundError(f"cgroup v2 without the controllers {sorted(missing)}")
-            (self._root / "cgroup.subtree_control").write_text("+memory +pids")
-        elif not all((self._root / name / "cgroup.procs").is_file() for name in ("memory", "pids")):
+            self._with_cpu = "cpu" in controllers
+            (self._root / "cgroup.subtree_control").write_text("+memory +pids" + " +cpu" * self._with_cpu)
+            return
+        self._with_cpu = (self._root / "cpu" / "cgroup.procs").is_file()
+        if not all((self._root / name / "cgroup.procs").is_file() for name in ("memory", "pids")):
             raise FileNotFoundError(f"no cgroup controllers memory and pids below {self._root}")
 
     def _make(self, limits: Limits) -> Cgroup:
         name = f"polyrl-{os.getpid()}-{next(self._counter)}"
-        parents = [self._root] if self._v2 else [self._root / "memory", self._root / "pids"]
-        group = Cgroup([parent / name for parent in parents])
+        settings = self._settings(limits)
+        group = Cgroup([self._root / controller / name for controller in settings])
         try:
-            for folder in group.folders:
+            for folder, files in zip(group.folders, settings.values(), strict=True):
                 folder.mkdir()
-            first, last = group.folders[0], group.folders[-1]
-            size = str(limits.memory_mb << 20)
-            (first / ("memory.max" if self._v2 else "memory.limit_in_bytes")).write_text(size)
-            # No swap, where swap is accounted for: v2 counts swap alone, v1 counts memory and swap together.
-            swap = first / ("memory.swap.max" if self._v2 else "memory.memsw.limit_in_bytes")
-            if swap.exists():
-                swap.write_text("0" if self._v2 else size)
-            (last / "pids.max").write_text(str(limits.processes + _OVERHEAD))
+                for file, value in files.items():
+                    if file not in _SWAP or (folder / file).exists():
+                        (folder / file).write_text(value)
         except OSError:
             group.remove()
             raise
         return group
+
+    def _settings(self, limits: Limits) -> dict[str, dict[str, str]]:
+        """{folder below the root: {file: value}}: one folder for all controllers in version 2, one for each in version 1."""
+        memory, processes = str(limits.memory_mb << 20), str(limits.processes + _OVERHEAD)
+        if self._v2:
+            together = {"memory.max": memory, "memory.swap.max": "0", "pids.max": processes}
+            return {"": together | ({"cpu.max": "100000 100000"} if self._with_cpu else {})}
+        apart = {"memory": {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes": memory}, "pids": {"pids.max": processes}}
+        return apart | ({"cpu": {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000"}} if self._with_cpu else {})

@@ -45,9 +45,18 @@ class Transcript:
         """Stdout after READY."""
         return bytes(self.stdout[len(READY) :])
 
+    def settled(self, cases: int) -> bool:
+        """Whether every case has its line and a value: nothing that comes later changes the verdict.
 
-def pump(channel: Channel, payload: bytes, limits: Limits, *, until_ready: bool = False) -> tuple[Kind, Transcript]:
-    """Write `payload`, read until the end. The kind is finished, timeout, output_limit, or infra_error (never said ready).
+        Where a case has none, the end is waited for: only then does the kernel's word on memory count.
+        """
+        values = self.stdout.count(b'"state": "value"')  # within an output, its quotes are escaped
+        return values >= cases > 0 and self.stdout.count(b"\n") > cases
+
+
+def pump(channel: Channel, payload: bytes, limits: Limits, *, cases: int = 0, until_ready: bool = False) -> tuple[Kind, Transcript]:
+    """Write `payload`, read until `cases` are settled or the runner ends. The kind is finished, timeout, output_limit, or
+    infra_error (never said ready).
 
     With `until_ready`, stop after READY: the runner then waits for a job, warm.
     """
@@ -55,7 +64,7 @@ def pump(channel: Channel, payload: bytes, limits: Limits, *, until_ready: bool 
     deadline = time.monotonic() + limits.wall_s
     pending = memoryview(payload)
     kind: Kind = "finished"
-    while channel.open and kind == "finished" and not (until_ready and transcript.ready):
+    while channel.open and kind == "finished" and not (transcript.ready if until_ready else transcript.settled(cases)):
         left = deadline - time.monotonic()
         if left <= 0:
             kind = "timeout"

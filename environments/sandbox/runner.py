@@ -1,15 +1,17 @@
-"""Runs inside the sandbox, as `python -I -S -B -c <this file> UID PROCESSES`. Standard library only; imports nothing of ours.
+"""Runs inside the sandbox, as `python -I -S -B -c <this file> UID PROCESSES FILTER`. Standard library only; imports nothing of ours.
 
-Says "ready", reads one job from stdin, and runs each input in a forked child, so that no case can see what another left in
-memory. One line of JSON per input goes to stdout: {"case": 0, "state": "value", "out": "..."}. The children are hostile, and
-may be so to this process too: whoever reads the lines must not trust them. No expected value is here to be stolen.
+Gives up what it may not need, says "ready", reads one job from stdin, and runs each input in a forked child, so that no case
+can see what another left in memory. One line of JSON per input goes to stdout: {"case": 0, "state": "value", "out": "..."}. The
+children are hostile, and may be so to this process too: whoever reads the lines must not trust them. No expected value is here
+to be stolen.
 
-Every run starts a Python, so imports are counted: json, signal and contextlib would double the time to the first line. The C
-half of json does all that is needed; signal numbers are the kernel's.
+Every run starts a Python, so imports are counted: json, signal, ctypes and contextlib would double the time to the first line.
+The C half of json and of ctypes does all that is needed; signal numbers are the kernel's.
 """
 
 from __future__ import annotations
 
+import _ctypes
 import builtins
 import os
 import resource
@@ -23,10 +25,13 @@ if TYPE_CHECKING:
     from typing import Any
 
 SIGKILL = 9
+TMP = "/tmp"
+CLEANING_S = 2.0
+"""Longest time for emptying TMP between two cases: a million files take longer, and end the job."""
 
 
 def main() -> None:
-    uid, processes = int(sys.argv[1]), int(sys.argv[2])
+    uid, processes, seccomp = int(sys.argv[1]), int(sys.argv[2]), bytes.fromhex(sys.argv[3])
     if os.environ.get("POLYRL_SANDBOX") != "1" or os.getpid() > 100:
         # sweep() kills every process it can see: only in a process namespace of its own may it run at all.
         sys.exit("runner.py runs only inside a sandbox")
@@ -36,6 +41,7 @@ def main() -> None:
         os.setresuid(uid, uid, uid)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_NPROC, processes)
+    close_the_door(seccomp)
     os.write(1, b"ready\n")
     job = read_job()
     for case, value in enumerate(job["inputs"]):
@@ -43,8 +49,43 @@ def main() -> None:
         sweep()
         line = to_json({"case": case, "state": state, "out": out.decode("utf-8", "replace")}) + "\n"
         write_all(1, line.encode())
-        if state in ("timeout", "output"):
-            return
+        if state in ("timeout", "output") or not emptied(TMP):
+            break
+    os._exit(0)
+
+
+def close_the_door(seccomp: bytes) -> None:
+    """No new privileges, no look into this process from its children (same uid), and the system calls of the filter, for good."""
+    prctl(38, 1)  # PR_SET_NO_NEW_PRIVS: both backends did it; a filter may not be installed without
+    prctl(4, 0)  # PR_SET_DUMPABLE: no ptrace, no /proc/PID/mem, no /proc/PID/fd
+    # struct sock_fprog: number of instructions, address of the first. The C half of ctypes brings a buffer's address along.
+    code = bytearray(seccomp)
+    held = _Buffer.from_buffer(code)
+    header = bytearray(16)
+    header[0:2] = (len(code) // 8).to_bytes(2, sys.byteorder)
+    header[8:16] = _ctypes.addressof(held).to_bytes(8, sys.byteorder)
+    prctl(22, 2, _ctypes.addressof(_Buffer.from_buffer(header)))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+class _Byte(_ctypes._SimpleCData):  # type: ignore[name-defined,misc,type-arg]
+    _type_ = "b"
+
+
+class _Buffer(_ctypes.Array):  # type: ignore[type-arg]
+    """Bytes at an address, of any length that from_buffer finds at least."""
+
+    _type_ = _Byte
+    _length_ = 16
+
+
+def prctl(option: int, *arguments: int) -> None:
+    address = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")  # type: ignore[attr-defined,arg-type]
+    if _ctypes.call_function(address, (option, *(_Word(a) for a in (*arguments, 0, 0, 0, 0)[:4]))) != 0:  # type: ignore[attr-defined]
+        sys.exit(f"prctl({option}) failed: this kernel or the sandbox's host does not allow it")
+
+
+class _Word(_ctypes._SimpleCData):  # type: ignore[name-defined,misc,type-arg]
+    _type_ = "L"
 
 
 def read_job() -> dict[str, Any]:
@@ -97,48 +138,47 @@ def run_case(job: dict[str, Any], value: object) -> tuple[str, bytes]:
         finally:
             flush_and_exit(code)
     os.close(writer)
-    state, out, ended = collect(pid, reader, job)
+    state, out = collect(pid, reader, job)
     os.close(reader)
-    if not ended:
+    if state != "done":
         os.kill(pid, SIGKILL)
-        ended = os.wait4(pid, 0)[1:]
-    status, used = ended
+    _, status, used = os.wait4(pid, 0)
     if state == "done" and status != 0:
         # The kernel's two counts of processor time differ by a tick or so.
         state = "timeout" if used.ru_utime + used.ru_stime > job["cpu_s"] - 0.1 else "error"
     return "value" if state == "done" else state, out
 
 
-def collect(pid: int, reader: int, job: dict[str, Any]) -> tuple[str, bytes, tuple[Any, ...]]:
-    """Read the child's output until it ends, is too long, or is too late. (state, output, (wait status, usage) or ())."""
+def collect(pid: int, reader: int, job: dict[str, Any]) -> tuple[str, bytes]:
+    """Read the child's output until it ends ("done"), is too long ("output"), or is too late ("timeout")."""
     deadline = time.monotonic() + job["case_wall_s"]
     os.set_blocking(reader, False)
+    child_end = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(reader, select.POLLIN)
-    ended: tuple[Any, ...] = ()
-    out, limit, open_end = b"", job["case_output_bytes"], True
-    while True:
-        if open_end:
-            poll.poll(20)
-        else:
-            time.sleep(0.002)
-        # Asked before reading: what a child wrote before it ended is in the pipe by then.
-        if not ended:
-            done, *rest = os.wait4(pid, os.WNOHANG)
-            ended = tuple(rest) if done else ()
-        while open_end:
-            try:
-                chunk = os.read(reader, 65536)
-            except BlockingIOError:
-                break
-            open_end = bool(chunk)
-            out += chunk
-            if len(out) > limit:
-                return "output", b"", ended
-        if ended:
-            return "done", out, ended
-        if time.monotonic() > deadline:
-            return "timeout", b"", ended
+    poll.register(child_end, select.POLLIN)
+    out, limit, open_end, ended = b"", job["case_output_bytes"], True, False
+    try:
+        while not ended:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return "timeout", b""
+            # Asked before reading: what a child wrote before it ended is in the pipe by then. A grandchild may hold the pipe open.
+            ended = any(fd == child_end for fd, _ in poll.poll(left * 1000))
+            while open_end:
+                try:
+                    chunk = os.read(reader, 65536)
+                except BlockingIOError:
+                    break
+                out += chunk
+                if len(out) > limit:
+                    return "output", b""
+                if not chunk:
+                    open_end = False
+                    poll.unregister(reader)
+        return "done", out
+    finally:
+        os.close(child_end)
 
 
 def child(job: dict[str, Any], value: Any, writer: int) -> None:
@@ -155,11 +195,19 @@ def child(job: dict[str, Any], value: Any, writer: int) -> None:
     _limit(resource.RLIMIT_AS, job["memory_bytes"])
     _limit(resource.RLIMIT_FSIZE, job["file_bytes"])
     _limit(resource.RLIMIT_NOFILE, job["open_files"])
+    LANGUAGES[job["language"]](job, value, writer)
+
+
+def run_python(job: dict[str, Any], value: Any, writer: int) -> None:
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # the site module, left out here, would give these
     space: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
     exec(compile(job["program"], "program.py", "exec"), space)  # the reason why this process is boxed in
     if job["mode"] == "function":
         write_all(writer, to_json(space[job["entry"]](value)).encode())
+
+
+LANGUAGES = {"python": run_python}
+"""One per value of SandboxJob.language. In the child, all limits set: run job["program"] on the input, write the output."""
 
 
 def complain(error: BaseException) -> None:
@@ -186,6 +234,36 @@ def sweep() -> None:
             pass
     except (ProcessLookupError, PermissionError, ChildProcessError):
         return
+
+
+def emptied(folder: str) -> bool:
+    """Whether nothing that a case wrote is left for the next one to read. Flattens before it deletes, so that no depth matters."""
+    deadline, number = time.monotonic() + CLEANING_S, 0
+    try:
+        while names := os.listdir(folder):
+            for name in names:
+                path = f"{folder}/{name}"
+                try:
+                    os.unlink(path)
+                except IsADirectoryError:
+                    os.chmod(path, 0o700)
+                    for inner in os.listdir(path):
+                        number += 1
+                        move_up(f"{path}/{inner}", f"{folder}/.{number}.moved")
+                    os.rmdir(path)
+                if time.monotonic() > deadline:
+                    return False
+    except OSError:
+        return False
+    return True
+
+
+def move_up(path: str, to: str) -> None:
+    try:
+        os.rename(path, to)
+    except PermissionError:  # a folder without its write bit: its ".." could not be changed
+        os.chmod(path, 0o700)
+        os.rename(path, to)
 
 
 def write_all(fd: int, data: bytes) -> None:

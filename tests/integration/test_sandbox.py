@@ -15,6 +15,7 @@ import pytest
 from environments.code import CodeEnv
 from environments.sandbox import Limits, Sandbox, SandboxJob, SandboxUnavailable, choose_sandbox
 from environments.sandbox import bubblewrap as bubblewrap_backend
+from environments.sandbox import containers
 from environments.sandbox import docker as docker_backend
 from environments.sandbox.bubblewrap import BubblewrapSandbox
 from environments.sandbox.cgroups import CgroupFactory
@@ -128,7 +129,12 @@ def test_control_groups_of_version_two_get_the_same_limits(tmp_path: Path) -> No
     (tmp_path / "cgroup.controllers").write_text("cpu memory pids\n")
     factory = CgroupFactory(tmp_path)
     assert "Directory not empty" in factory.why_not or not factory.why_not  # files of a real folder are not cgroup files
-    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory +pids"
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory +pids +cpu"
+    (group,) = [p for p in tmp_path.iterdir() if p.is_dir()]
+    limits = Limits()
+    assert {p.name: p.read_text() for p in group.iterdir()} == {
+        "memory.max": str(limits.memory_mb << 20), "pids.max": str(limits.processes + 8), "cpu.max": "100000 100000",
+    }  # fmt: skip
 
 
 def test_no_control_group_is_left_behind() -> None:
@@ -149,7 +155,7 @@ def test_a_container_has_every_limit_that_the_host_config_names() -> None:
     assert isinstance(backend, docker_backend.DockerSandbox)
     container = backend._create(Limits())
     try:
-        found = backend._api().inspect_container(container._id)
+        found = backend._api().inspect_container(container.id)
     finally:
         container.remove()
     host = found["HostConfig"]
@@ -177,14 +183,14 @@ def test_a_container_has_every_limit_that_the_host_config_names() -> None:
 def test_a_container_that_ran_a_program_is_gone_and_the_pool_refills_and_closes() -> None:
     open_backend("docker")
     backend = docker_backend.DockerSandbox(width=1, warm=2)
-    used = [c._id for c in backend._pool]
+    used = [c.id for c in backend._pool]
     for _ in range(3):
         assert attempt(backend, HONEST).paid
-    backend._background.submit(lambda: None).result()
+    backend._remover.submit(lambda: None).result()
     living = {c["Id"] for c in backend._api().containers(all=True)}
     assert not living & set(used)
     assert len(backend._pool) == 2
-    kept = {c._id for c in backend._pool}
+    kept = {c.id for c in backend._pool}
     backend.close()
     assert not kept & {c["Id"] for c in backend._api().containers(all=True)}
 
@@ -194,8 +200,8 @@ def test_containers_of_a_process_that_died_are_reaped() -> None:
     backend = open_backend("docker")
     assert isinstance(backend, docker_backend.DockerSandbox)
     api = backend._api()
-    owner = f"{docker_backend._machine()}|999999999|1"
-    made = api.create_container(docker_backend.IMAGE, command=["true"], labels={docker_backend._LABEL: "1", docker_backend._OWNER: owner})[
+    owner = f"{containers._machine()}|999999999|1"
+    made = api.create_container(docker_backend.IMAGE, command=["true"], labels={containers.LABEL: "1", containers.OWNER: owner})[
         "Id"
     ]
     backend._reap()
