@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from environments.code import CodeEnv
-from environments.sandbox import Limits, Sandbox, SandboxJob, SandboxUnavailable, choose_sandbox
+from environments.sandbox import Limits, Sandbox, SandboxJob, SandboxUnavailable, choose_sandbox, containers
 from environments.sandbox import bubblewrap as bubblewrap_backend
-from environments.sandbox import containers
 from environments.sandbox import docker as docker_backend
 from environments.sandbox.bubblewrap import BubblewrapSandbox
 from environments.sandbox.cgroups import CgroupFactory
@@ -201,8 +200,6 @@ def test_containers_of_a_process_that_died_are_reaped() -> None:
     assert isinstance(backend, docker_backend.DockerSandbox)
     api = backend._api()
     owner = f"{containers._machine()}|999999999|1"
-    made = api.create_container(docker_backend.IMAGE, command=["true"], labels={containers.LABEL: "1", containers.OWNER: owner})[
-        "Id"
-    ]
+    made = api.create_container(docker_backend.IMAGE, command=["true"], labels={containers.LABEL: "1", containers.OWNER: owner})["Id"]
     backend._reap()
     assert made not in {c["Id"] for c in api.containers(all=True)}
