@@ -28,8 +28,16 @@ log = logging.getLogger(__name__)
 Gym5 = tuple[dict[str, Any], float, bool, bool, dict[str, Any]]
 
 
+TRANSIENT = (OSError, MemoryError, SandboxUnavailable)
+"""What the machine raises, and not the environment's code."""
+
+
 class EnvironmentFailure(RuntimeError):
     """An episode could not be opened: our failure, never the policy's. One string argument, so that it survives pickling."""
+
+
+class EnvironmentBug(EnvironmentFailure):
+    """It could not, because of the environment's own code."""
 
 
 @dataclass(slots=True)
@@ -66,7 +74,8 @@ class EnvHost:
                     raise
         except (Exception, SystemExit) as error:
             log.warning("environment %s could not open task %s", env_id, task.key, exc_info=True)
-            raise EnvironmentFailure(f"environment {env_id!r}, task {task.key}: {describe(error)}") from None
+            kind = EnvironmentFailure if isinstance(error, TRANSIENT) else EnvironmentBug
+            raise kind(f"environment {env_id!r}, task {task.key}: {describe(error)}") from None
 
     def step(self, session_id: str, turn: Turn) -> Transition:
         """Hand the policy's turn to the environment. Never raises for what happens inside it."""
@@ -115,7 +124,7 @@ class EnvHost:
                 return to_transition(env, move(env), time.perf_counter() - start)
             except (Exception, SystemExit) as error:
                 log.warning("environment %s failed in session %s", env.id, session_id, exc_info=True)
-                status = Status.INFRA_ERROR if isinstance(error, OSError | MemoryError | SandboxUnavailable) else Status.VERIFIER_ERROR
+                status = Status.INFRA_ERROR if isinstance(error, TRANSIENT) else Status.ENV_ERROR
                 return failed(status, describe(error), seconds=time.perf_counter() - start)
 
     @contextmanager

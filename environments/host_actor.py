@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from environments.confine import Confinement, resident_bytes
-from environments.host import EnvHost, EnvironmentFailure, failed
+from environments.host import EnvHost, EnvironmentBug, EnvironmentFailure, failed
 from environments.output_cap import cap_output
 from rl_core.seams import Observation, Transition
 from rl_core.types import Status, Task, Turn
@@ -133,7 +133,7 @@ class HostActor:
             return await self._call(task.env, lambda: self._host.open(session_id, env_id, options, task))
         except TimeoutError as late:
             self._forget(session_id)
-            raise EnvironmentFailure(f"environment {env_id!r}, task {task.key}: open: {late}") from None
+            raise EnvironmentBug(f"environment {env_id!r}, task {task.key}: open: {late}") from None
         except EnvironmentFailure:
             self._forget(session_id)
             raise
@@ -164,7 +164,7 @@ class HostActor:
             return await self._call(episode.env, call)
         except TimeoutError as late:
             self._forget(session_id)
-            return failed(Status.VERIFIER_ERROR, f"{name}: {late}", seconds=self._rooms[episode.env].limits.call_timeout_s)
+            return failed(Status.ENV_ERROR, f"{name}: {late}", seconds=self._rooms[episode.env].limits.call_timeout_s)
 
     def _forget(self, session_id: str) -> None:
         """Without waiting: whoever is inside the session frees it when they leave."""

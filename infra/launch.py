@@ -29,9 +29,10 @@ from rl_core.config import EnvironmentConfig, RunConfig
 from rl_core.durable import DurableLearner, DurableQueue, rolled_back
 from rl_core.evaluation import EvalResult, evaluate
 from rl_core.events import Event, Sink
+from rl_core.faults import unusable
 from rl_core.journal import GroupJournal
 from rl_core.ledger import Ledger
-from rl_core.loop import Budget, RunError, train, unusable
+from rl_core.loop import Budget, RunError, train
 from rl_core.mixer import Mixer
 from rl_core.recovery import recover
 from rl_core.replay_queue import ReplayQueue
@@ -81,6 +82,7 @@ class Run:
         self.config, self.run_dir, self.store, self.out = config, run_dir, store, out
         self.specs = {name: episode_spec(env, config.rollout.num_workers) for name, env in config.environments.items()}
         self.stop = asyncio.Event()
+        self.pool: Pool | None = None
         past = [event for event in StoredRun(run_dir).events() if event.kind in ("eval", "step")]
         self.is_new = not past
         """Nothing has been measured yet: the evaluation before training is still to come."""
@@ -160,7 +162,9 @@ class Run:
         """Engines and learner start beside each other; what has started is stopped even if the other fails."""
 
         async def pool() -> Pool:
-            started = await Pool.start(self.config, run_dir=self.run_dir)
+            unfinished = [entry.group_id for entry in self.ledger.open()]
+            started = await Pool.start(self.config, run_dir=self.run_dir, unfinished=unfinished)
+            self.pool = started
             parts.push_async_callback(started.aclose)
             return started
 
@@ -199,8 +203,11 @@ class Run:
         return [ray.put(groups[name]) for name in names]
 
     def saved(self, version: int) -> None:
-        """A checkpoint covers what was trained so far: the journal keeps only what is still to train."""
-        self.journal.prune([entry.group_id for entry in self.ledger.open()])
+        """A checkpoint covers what was trained so far: journal and drafts keep only what is still to train."""
+        unfinished = [entry.group_id for entry in self.ledger.open()]
+        self.journal.prune(unfinished)
+        if self.pool is not None:
+            self.pool.settle(unfinished)
 
     def mixer(self) -> Mixer:
         """The training streams."""

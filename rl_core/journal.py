@@ -116,33 +116,62 @@ def segments(folder: Path) -> list[Path]:
 
 def read_segment(path: Path, wanted: Collection[str] | None) -> Iterator[tuple[str, Group | None]]:
     """(name, group) of every whole group in a segment; the group itself only of those `wanted`. Stops where a crash cut it off."""
+    for metadata, batch in record_batches(path):
+        head = json.loads(metadata["group"])
+        name = str(head["id"])
+        yield name, from_batch(head, batch) if wanted is not None and name in wanted else None
+
+
+def record_batches(path: Path) -> Iterator[tuple[Any, pa.RecordBatch]]:
+    """(metadata, batch) of every whole record batch of an Arrow stream file that may have been cut off."""
     with pa.OSFile(str(path)) as file:
         try:
             reader = pa.ipc.open_stream(file)
             while True:
                 batch, metadata = reader.read_next_batch_with_custom_metadata()
-                head = json.loads(metadata["group"])
-                name = str(head["id"])
-                yield name, from_batch(head, batch) if wanted is not None and name in wanted else None
+                yield metadata, batch
         except (StopIteration, pa.ArrowInvalid, OSError):
             return
 
 
 def header(group: Group) -> str:
     """All of a group but its tokens."""
-    rollouts = [
-        {
-            "id": r.id, "worker": r.worker, "started_at": r.started_at, "seconds": r.seconds, "verdict": asdict(r.verdict),
-            "messages": [[m.role, m.content] for m in r.messages], "turns": [asdict(t) for t in r.turns], "truncated": r.truncated,
-        }
-        for r in group.rollouts
-    ]  # fmt: skip
-    return json.dumps({"id": group.id, "task": asdict(group.task), "rollouts": rollouts})
+    return json.dumps({"id": group.id, "task": asdict(group.task), "rollouts": [rollout_header(r) for r in group.rollouts]})
+
+
+def rollout_header(rollout: Rollout) -> dict[str, Any]:
+    """All of a rollout but its tokens and its task, as JSON values."""
+    return {
+        "id": rollout.id, "worker": rollout.worker, "started_at": rollout.started_at, "seconds": rollout.seconds,
+        "verdict": asdict(rollout.verdict), "messages": [[m.role, m.content] for m in rollout.messages],
+        "turns": [asdict(t) for t in rollout.turns], "truncated": rollout.truncated,
+    }  # fmt: skip
+
+
+def to_rollout(head: dict[str, Any], completions: Sequence[Completion], *, env: str, task_key: str) -> Rollout:
+    """A rollout from its header and its tokens."""
+    return Rollout(
+        id=head["id"],
+        env=env,
+        task_key=task_key,
+        completions=tuple(completions),
+        messages=tuple(Message(role=role, content=content) for role, content in head["messages"]),
+        verdict=Verdict(**(head["verdict"] | {"status": Status(head["verdict"]["status"])})),
+        turns=tuple(Turn.from_dict(t) for t in head["turns"]),
+        truncated=head["truncated"],
+        worker=head["worker"],
+        started_at=head["started_at"],
+        seconds=head["seconds"],
+    )
 
 
 def to_batch(group: Group) -> pa.RecordBatch:
     """One row for each completion."""
-    rows = [(index, c) for index, r in enumerate(group.rollouts) for c in r.completions]
+    return completion_batch([(index, c) for index, r in enumerate(group.rollouts) for c in r.completions])
+
+
+def completion_batch(rows: Sequence[tuple[int, Completion]]) -> pa.RecordBatch:
+    """(rollout, completion) as rows of SCHEMA."""
     meta = [
         json.dumps(
             {
@@ -162,6 +191,15 @@ def to_batch(group: Group) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
+def batch_completions(batch: pa.RecordBatch) -> Iterator[tuple[int, Completion]]:
+    """(rollout, completion) of each row."""
+    for i, (index, meta) in enumerate(zip(batch["rollout"].to_pylist(), batch["meta"].to_pylist(), strict=True)):
+        values = json.loads(meta)
+        spans = tuple(VersionSpan(start=a, stop=b, version=v) for a, b, v in values.pop("spans"))
+        ids = {name: batch[name][i].values.to_numpy(zero_copy_only=False).copy() for name in ("prompt_ids", "token_ids", "logprobs")}
+        yield index, Completion(**ids, spans=spans, **values)
+
+
 def lists(arrays: Sequence[Any], dtype: Any) -> pa.ListArray:
     """A column of lists, without a Python object per number."""
     offsets = np.cumsum([0, *(len(a) for a in arrays)], dtype=np.int32)
@@ -172,28 +210,11 @@ def lists(arrays: Sequence[Any], dtype: Any) -> pa.ListArray:
 def from_batch(head: dict[str, Any], batch: pa.RecordBatch) -> Group:
     """The group again, number for number."""
     completions: list[list[Completion]] = [[] for _ in head["rollouts"]]
-    for i, (index, meta) in enumerate(zip(batch["rollout"].to_pylist(), batch["meta"].to_pylist(), strict=True)):
-        values = json.loads(meta)
-        spans = tuple(VersionSpan(start=a, stop=b, version=v) for a, b, v in values.pop("spans"))
-        ids = {name: batch[name][i].values.to_numpy(zero_copy_only=False).copy() for name in ("prompt_ids", "token_ids", "logprobs")}
-        completions[index].append(Completion(**ids, spans=spans, **values))
-    rollouts = tuple(
-        Rollout(
-            id=r["id"],
-            env=head["task"]["env"],
-            task_key=head["task"]["key"],
-            completions=tuple(mine),
-            messages=tuple(Message(role=role, content=content) for role, content in r["messages"]),
-            verdict=Verdict(**(r["verdict"] | {"status": Status(r["verdict"]["status"])})),
-            turns=tuple(Turn.from_dict(t) for t in r["turns"]),
-            truncated=r["truncated"],
-            worker=r["worker"],
-            started_at=r["started_at"],
-            seconds=r["seconds"],
-        )
-        for r, mine in zip(head["rollouts"], completions, strict=True)
-    )
-    return Group(id=head["id"], task=Task(**head["task"]), rollouts=rollouts)
+    for index, completion in batch_completions(batch):
+        completions[index].append(completion)
+    task = Task(**head["task"])
+    rollouts = [to_rollout(r, mine, env=task.env, task_key=task.key) for r, mine in zip(head["rollouts"], completions, strict=True)]
+    return Group(id=head["id"], task=task, rollouts=tuple(rollouts))
 
 
 __all__ = ["GroupJournal", "Journal"]

@@ -139,11 +139,11 @@ class Ledger:
         with self._transaction(durable=True):
             self._db.execute("INSERT INTO rollbacks VALUES (?, ?, ?)", (version, reason, time.time()))
 
-    def restart(self, name: str, reason: str) -> None:
-        """Its group was cut off, and is taken up again."""
+    def restart(self, name: str, reason: str, *, times: int = 1) -> None:
+        """Its group was cut off `times` times, and taken up again; `reason` says how."""
         self._db.execute(
-            "UPDATE tasks SET attempt = attempt + 1, restarts = restarts || ? || char(10) WHERE group_id = ? AND state = ?",
-            (reason, name, State.DRAWN),
+            "UPDATE tasks SET attempt = attempt + ?, restarts = restarts || ? || char(10) WHERE group_id = ? AND state = ?",
+            (times, reason, name, State.DRAWN),
         )
 
     def abandon_open(self, reason: str) -> int:

@@ -24,11 +24,12 @@ Bad steps. A step whose loss or gradient is not finite, or spikes, is not taken:
 others take their place. Several in a row make the newest checkpoint the next version; then, if that does not help, the run stops.
 A version made so frees the places of the batch before it like any other, so the bound above holds.
 
-Failure. A rollout that breaks is data: it is masked out of its group. A group without enough good rollouts is filtered, with a
-reason; an environment whose groups keep breaking is paused and probed (rl_core/breaker.py). Queue and learner restart by themselves
-(rl_core/durable.py), workers in their pool. Anything else that raises cancels the rest and ends the run with its cause.
-Every wait has a bound and a sentence. A run that ended early, by a stop or by a kill, goes on from its ledger and its journal
-(rl_core/recovery.py): `record.group` has made a group durable before the ledger calls it ready.
+Failure. A rollout that breaks is data: it is tried again, then masked out of its group (rl_core/faults.py). A group without enough
+good rollouts is filtered, with a reason; an environment whose groups keep breaking is paused and probed (rl_core/breaker.py). Queue
+and learner restart by themselves (rl_core/durable.py), workers in their pool, which takes up their rollouts elsewhere. Anything
+else that raises cancels the rest and ends the run with its cause. Every wait has a bound and a sentence. A run that ended early, by
+a stop or by a kill, goes on from its ledger and its journal (rl_core/recovery.py): `record.group` has made a group durable before
+the ledger calls it ready.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from typing import Protocol, TypeVar
 from rl_core.bad_steps import BadSteps
 from rl_core.breaker import Breaker
 from rl_core.config import LoopConfig
+from rl_core.faults import broken, unusable
 from rl_core.ledger import Ledger, group_id
 from rl_core.metrics import StepMetrics
 from rl_core.mixer import Mixer
@@ -58,12 +60,6 @@ a wrong recurrent state or a tensor that did not arrive is 0.05 and more."""
 
 MAX_FILTERED_IN_A_ROW = 512
 """Groups filtered one after the other after which the run stops: its tasks are all solved, all impossible, or all broken."""
-
-MIN_TRAINABLE = 2
-"""Good rollouts that a group needs for a baseline."""
-
-BROKEN = ("infra_error", "verifier_error", "hack_suspected")
-"""Ends of an episode that do not train."""
 
 
 class RunError(RuntimeError):
@@ -155,7 +151,9 @@ async def train(
         result = await workers.run_group(name, task, specs[task.env])
         await record.group(result)
         metrics.finished(result)
-        breaker.finished(task.env, broken=is_broken(result))
+        if result.history:
+            ledger.restart(name, result.history, times=result.attempts - 1)
+        breaker.finished(task.env, broken=broken(result))
         if reason := unusable(result):
             ledger.filter(name, reason)
             mixer.filtered(task.env)
@@ -244,23 +242,6 @@ async def train(
     if not stop.is_set():
         ledger.abandon_open("the run ended")
     return version
-
-
-def unusable(result: GroupResult) -> str:
-    """Why a group cannot train, or "" if it can."""
-    if broken := is_broken(result):
-        return broken
-    if not result.has_signal:
-        solved = result.rewards[0] > 0
-        return "no signal: all rewards are equal" + (" (solved)" if solved else " (unsolved)")
-    return ""
-
-
-def is_broken(result: GroupResult) -> str:
-    """How a group broke that says nothing about the policy, or "" if it did not break."""
-    if result.num_trainable >= MIN_TRAINABLE:
-        return ""
-    return f"only {result.num_trainable} good rollouts ({', '.join(sorted({s for s in result.statuses if s in BROKEN}))})"
 
 
 def check_staleness(batch: Sequence[GroupResult], version: int, max_staleness: int) -> None:

@@ -76,6 +76,7 @@ def group_figures(groups: Sequence[GroupResult], seconds: float) -> dict[str, fl
         "group_seconds": sum(g.seconds for g in groups) / len(groups),
         "signal_share": sum(g.has_signal for g in groups) / len(groups),
         "masked_rollouts": float(rollouts - len(rewards)),
+        "continued_rollouts": float(sum(g.continued for g in groups)),
     }
     if rewards:
         figures["reward"] = sum(rewards) / len(rewards)

@@ -6,6 +6,7 @@
         rollouts/part-00000.parquet  every rollout, in segments that appear whole or not at all
         ledger.sqlite              where every task went (rl_core/ledger.py)
         journal/                   finished groups that a resumed run would need (rl_core/journal.py)
+        drafts/                    rollouts under way (rl_core/drafts.py)
         checkpoints/               written by the learner
         curves.png, report.html    drawn at the end, and again by `polyrl curves`
 

@@ -82,6 +82,12 @@ class GroupResult:
     accepted: int
     engine_steps: int
     seconds: float
+    attempts: int = 1
+    """Workers that it was given to, in this life of the run."""
+    kept: int = 0  # rollouts that an earlier attempt had finished
+    continued: int = 0  # rollouts that went on from an earlier attempt's tokens
+    history: str = ""
+    """Why there was more than one attempt, and what became of the earlier ones' rollouts."""
 
     @staticmethod
     def of(group: Group, seconds: float, ref: Ref = None) -> GroupResult:

@@ -28,6 +28,7 @@ class Status(StrEnum):
     INVALID_OUTPUT = "invalid_output"  # broken markup, unknown tool, no answer, cut off by the token budget: the policy's fault
     TIMEOUT_MODEL = "timeout_model"  # the policy's program or answer ran too long: the policy's fault
     INFRA_ERROR = "infra_error"  # a process, host or sandbox of ours failed
+    ENV_ERROR = "env_error"  # the environment's own code raised, or broke its contract
     VERIFIER_ERROR = "verifier_error"  # our verifier failed, or its gold answer is unusable
     HACK_SUSPECTED = "hack_suspected"  # a trusted signal says the reward was not earned
 
@@ -124,6 +125,10 @@ class VersionSpan:
     version: int
 
 
+CUT_OFF = "cut off"
+"""The finish reason of a completion whose engine went away before it ended. Only drafts hold such (rl_core/drafts.py)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What one call to the engine returned. Exact ids; text is never tokenized twice (invariant 1).
@@ -135,7 +140,7 @@ class Completion:
     token_ids: Ids  # [T] as sampled, the stop token included
     logprobs: Floats  # [T] behaviour logprobs, nats, of the processed distribution that was sampled from
     spans: tuple[VersionSpan, ...]
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length", or CUT_OFF
     engine_steps: int = 0
     """Forward passes of the policy that sampled these tokens; T / engine_steps is the gain of speculation. 0: not reported."""
     drafted: int = 0  # draft tokens proposed by the MTP head for this completion

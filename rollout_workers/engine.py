@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ import psutil
 from numpy.typing import NDArray
 
 from rl_core.config import RolloutConfig
-from rl_core.types import Completion, Receipt, SamplingParams, VersionSpan
+from rl_core.types import CUT_OFF, Completion, Receipt, SamplingParams, VersionSpan
 from rollout_workers.vllm_plugin import BACKEND, OWNER_VARIABLE
 
 T = TypeVar("T")
@@ -109,6 +109,14 @@ class Engine:
                 pause_s = time.monotonic() - began
             probe = await self._probe(version)
         return Receipt(worker=self.name, version=version, pause_s=pause_s, num_bytes=int(blob.nbytes), probe=probe)
+
+    def under_way(self, since: Mapping[str, int]) -> dict[str, Completion]:
+        """Of each sequence in `since` that has not ended: the tokens sampled after its first `since[id]`.
+
+        vLLM keeps them in this process anyway; nothing is sent, and nothing is copied twice.
+        """
+        states = {s.external_req_id: s for s in self._llm.output_processor.request_states.values()}
+        return {name: cut_off(states[name], start) for name, start in since.items() if name in states}
 
     def shutdown(self) -> None:
         """End the engine's processes, by force if they do not end by themselves."""
@@ -215,6 +223,20 @@ def completion(prompt: Sequence[int], output: Any, *, speculative: bool) -> Comp
         engine_steps=steps,
         drafted=drafted,
         accepted=accepted,
+    )
+
+
+def cut_off(state: Any, start: int) -> Completion:
+    """Tokens from `start` on of a sequence that has not ended, from vLLM's state of it. What it drafted is known at its end only."""
+    ids, flat = state.detokenizer.output_token_ids[start:], state.logprobs_processor.logprobs
+    spans = [(max(s.start - start, 0), s.end - start, int(s.version)) for s in state._weight_version_spans() or () if s.end > start]
+    return Completion(
+        prompt_ids=np.asarray(state.prompt_token_ids if start == 0 else (), np.int32),
+        token_ids=np.asarray(ids, np.int32),
+        logprobs=np.asarray([flat.logprobs[at] for at in flat.start_indices[start:]], np.float32),
+        spans=tuple(VersionSpan(start=a, stop=b, version=v) for a, b, v in spans),
+        finish_reason=CUT_OFF,
+        engine_steps=len(ids),
     )
 
 

@@ -33,7 +33,11 @@ CUT_OFF = "cut off by the token budget"
 
 
 class SessionFailed(Exception):
-    """Our side of an episode failed: host, sandbox, or the environment itself."""
+    """Our side of an episode failed: host, sandbox, or the environment itself. `status` says which."""
+
+    def __init__(self, message: str, status: Status = Status.INFRA_ERROR) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(slots=True)
@@ -58,7 +62,7 @@ async def run_episode(
     except TimeoutError:
         verdict = broken(f"the episode took longer than {spec.timeout_s:g} s after {len(transcript.completions)} turns")
     except SessionFailed as failure:
-        verdict = broken(str(failure))
+        verdict = broken(str(failure), failure.status)
     finally:
         await close(session)
     return Rollout(
@@ -108,7 +112,7 @@ async def converse(
     transcript.truncated = True
     transition = await ask(session.truncate())
     if transition.verdict is None:
-        raise SessionFailed("truncate() gave no verdict; an environment's on_truncated() must return one")
+        raise SessionFailed("truncate() gave no verdict; an environment's on_truncated() must return one", Status.ENV_ERROR)
     return transition.verdict
 
 
@@ -129,15 +133,17 @@ def render(turn: Turn) -> str:
     return f"{thought}{turn.content}{calls}{note}"
 
 
-def broken(message: str) -> Verdict:
+def broken(message: str, status: Status = Status.INFRA_ERROR) -> Verdict:
     """The verdict of an episode that we broke: it cannot become a zero (invariant 5)."""
-    return Verdict(status=Status.INFRA_ERROR, reward=None, evidence={"error": message[:MAX_EVIDENCE_CHARS]})
+    return Verdict(status=status, reward=None, evidence={"error": message[:MAX_EVIDENCE_CHARS]})
 
 
 async def ask(call: Awaitable[T]) -> T:
     """The session's answer; whatever it raises is a failure of ours, and data."""
     try:
         return await call
+    except SessionFailed:
+        raise
     except Exception as error:
         raise SessionFailed(f"{type(error).__name__}: {error}") from error
 

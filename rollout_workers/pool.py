@@ -3,15 +3,16 @@
     run_group     --> the worker with the fewest groups under way
     load_weights  --> every worker at once; returns when each has proved that it samples from the new weights
 
-A worker that dies is restarted, loads the newest weights before it serves, and its groups start again: a half-finished group is
-never used. The pool owns the references to finished groups, so they outlive the worker that made them.
+A worker that dies is restarted, and loads the newest weights before it serves. Its groups are taken up on another worker, or on the
+new one: what it left of them in its drafts is kept or continued, the rest starts again. So do the groups that an earlier life of the
+run left. The pool owns the references to finished groups, so they outlive the worker that made them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,14 +20,15 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayActorError, TaskCancelledError
 
-from environments.host_actor import EnvLimits, HostActor
 from environments.plugin_files import absolute
 from rl_core.config import RunConfig
+from rl_core.drafts import Drafts, prune, read_drafts
 from rl_core.process_env import cpu_environment
 from rl_core.seams import GroupResult, Ref
 from rl_core.types import EpisodeSpec, Receipt, Task
 from rollout_workers.engine import EngineError
-from rollout_workers.worker import RolloutWorker
+from rollout_workers.hosts import start_hosts
+from rollout_workers.worker import Job, RolloutWorker
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -35,9 +37,6 @@ START_TIMEOUT_S = 600.0
 """An engine of a large model loads for minutes; a small one on a busy laptop for one."""
 PUBLISH_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
-
-CALLS_PER_HOST = 10_000
-"""Calls that one host may hold: those that wait are coroutines, so the number is only a backstop."""
 
 MAX_RESTARTS = 5
 """Restarts of one worker within a run, after which its death is the run's."""
@@ -55,7 +54,10 @@ class Place:
 
     name: str
     actor: Any = None
-    busy: int = 0  # groups under way
+    groups: set[str] = field(default_factory=set)
+    """Under way here."""
+    up: bool = True
+    """False from its death until the next one serves."""
     restarts: int = 0
     control: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the worker starts or loads weights, so that a restart and a publication cannot overtake each other."""
@@ -70,14 +72,22 @@ class Pool:
         """The newest weights that were published: what a restarted worker loads first."""
         self._run_dir = run_dir
         self._hosts: list[Any] = []
+        self._drafts: dict[str, Drafts] = {}
+        """What an earlier life of the run left of its groups; taken out as they are taken up."""
+        self._reading: dict[Any, asyncio.Future[dict[str, Drafts]]] = {}  # by dead worker
+        self._reviving: set[asyncio.Future[None]] = set()
         self._places = [Place(name=f"w{i}") for i in range(config.rollout.num_workers)]
 
     @staticmethod
-    async def start(config: RunConfig, *, run_dir: Path | None = None) -> Pool:
-        """Start hosts and workers; returns when every engine is warm. What has started is stopped if one of them fails."""
+    async def start(config: RunConfig, *, run_dir: Path | None = None, unfinished: Collection[str] = ()) -> Pool:
+        """Start hosts and workers; returns when every engine is warm. What has started is stopped if one of them fails.
+
+        `unfinished` are groups that an earlier life of the run left in `run_dir`.
+        """
         pool = Pool(config, run_dir)
         try:
-            pool._start_hosts()
+            pool._hosts = start_hosts(config)
+            pool._drafts = await pool._left(unfinished)
             await asyncio.gather(*(pool._start_worker(place) for place in pool._places))
         except BaseException:
             await pool.aclose()
@@ -85,20 +95,49 @@ class Pool:
         return pool
 
     async def run_group(self, group_id: str, task: Task, spec: EpisodeSpec) -> GroupResult:
-        """Roll out one group, on another worker from the start if its own dies."""
+        """Roll out one group, on another worker if its own dies; what was left of it goes on."""
         settings = self.config.environments[task.env]
         options = {"tokenizer": self.config.model.path, **settings.options}
+        job = Job(group_id=group_id, task=task, spec=spec, env_id=absolute(settings.id or task.env), options=options)
+        job = replace(job, drafts=self._young_enough(self._drafts.pop(group_id, {})))
+        deaths: list[str] = []
         while True:
-            place = min(self._places, key=lambda p: p.busy)
+            place = await self._least_busy()
             actor = place.actor
-            place.busy += 1
+            place.groups.add(group_id)
             try:
-                return await self._on(actor, group_id, task, spec, absolute(settings.id or task.env), options)
+                return with_history(await self._on(actor, job), job, deaths)
             except DEATHS as death:
                 log.warning("worker %s died while it ran group %s: %s", place.name, group_id, death)
+                deaths.append(f"worker {place.name} died")
+                left = await self._left_by(place, actor)
                 await self._revive(place, actor, death)
             finally:
-                place.busy -= 1
+                place.groups.discard(group_id)
+            job = replace(job, drafts=self._young_enough(left.get(group_id, {})))
+
+    def settle(self, unfinished: Collection[str]) -> None:
+        """Forget the drafts of all groups but these."""
+        if self._run_dir is not None:
+            prune(self._run_dir / "drafts", unfinished)
+
+    async def _left(self, groups: Collection[str]) -> dict[str, Drafts]:
+        """Drafts of `groups` in the run folder."""
+        if self._run_dir is None or not groups:
+            return {}
+        return await asyncio.to_thread(read_drafts, self._run_dir / "drafts", groups)
+
+    async def _left_by(self, place: Place, dead: Any) -> dict[str, Drafts]:
+        """What the worker that died left of all the groups that it had. Read once."""
+        if dead not in self._reading:
+            self._reading[dead] = asyncio.ensure_future(self._left(tuple(place.groups)))
+        return await asyncio.shield(self._reading[dead])
+
+    def _young_enough(self, drafts: Drafts) -> Drafts:
+        """Drafts whose tokens may still train. Admission promises that all may, since a group keeps its place in the order of start."""
+        version = self.latest[0] if self.latest is not None else 0
+        bound = self.config.loop.max_staleness
+        return {i: d for i, d in drafts.items() if d.min_version is not None and version - d.min_version <= bound}
 
     async def load_weights(self, version: int, weights: Ref) -> Sequence[Receipt]:
         """Publish `weights` (a reference to a safetensors blob) to every engine."""
@@ -107,6 +146,8 @@ class Pool:
 
     async def aclose(self) -> None:
         """End everything that this pool started."""
+        for reviving in self._reviving:
+            reviving.cancel()
         actors = [place.actor for place in self._places if place.actor is not None]
         stops = [asyncio.ensure_future(as_future(actor.shutdown.remote())) for actor in actors]
         if stops:
@@ -120,22 +161,6 @@ class Pool:
             place.actor = None
         self._hosts = []
 
-    def _start_hosts(self) -> None:
-        rollout = self.config.rollout
-        limits = {
-            name: EnvLimits(calls=rollout.env_threads, call_timeout_s=env.call_timeout_s, episode_timeout_s=env.timeout_s)
-            for name, env in self.config.environments.items()
-        }
-        host = ray.remote(HostActor).options(  # type: ignore[attr-defined]
-            num_cpus=0,
-            max_concurrency=CALLS_PER_HOST,
-            max_restarts=-1,
-            max_task_retries=1,  # a call that waits when its host is replaced is served by the next process
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        )
-        memory = int(rollout.env_host_memory_gib * 2**30)
-        self._hosts = [host.remote(self.config.sandbox, limits, memory_bytes=memory, own_process=True) for _ in range(rollout.env_hosts)]
-
     async def _start_worker(self, place: Place) -> Any:
         """A warm worker in `place`, under the newest weights; returns the receipt if there were any to load."""
         config, rollout = self.config, self.config.rollout
@@ -148,16 +173,16 @@ class Pool:
             max_concurrency=concurrency,
             runtime_env={"env_vars": cpu_environment(rollout.num_threads)},
         )
-        log_path = str(self._run_dir.absolute() / "logs" / f"{place.name}.log") if self._run_dir else ""
         seed = config.seed * 1009 + 31 * int(place.name[1:]) + place.restarts
         place.actor = actor.remote(
             place.name,
+            life=f"{place.name}.{place.restarts}",
             model_path=config.model.path,
             dtype=config.model.dtype,
             rollout=rollout,
             seed=seed,
             hosts=self._hosts,
-            log_path=log_path,
+            run_dir=self._run_dir.absolute() if self._run_dir is not None else None,
         )
         await bounded(place.actor.start.remote(), START_TIMEOUT_S, f"worker {place.name} did not start within {START_TIMEOUT_S:.0f} s")
         if self.latest is None:
@@ -179,33 +204,70 @@ class Pool:
         return receipt
 
     async def _revive(self, place: Place, dead: Any, death: BaseException) -> None:
-        """Restart the worker in `place`, unless somebody has done so since `dead` was seen dead."""
-        async with place.control:
-            if place.actor is dead:
-                await self._restart(place, death)
+        """Restart the worker in `place`, unless somebody has done so since `dead` was seen dead. Waits for it if no other is up."""
+        if place.actor is dead:
+            place.up = False
+
+        async def restart() -> None:
+            async with place.control:
+                if place.actor is dead:
+                    await self._restart(place, death)
+
+        reviving = asyncio.ensure_future(restart())
+        if not any(p.up for p in self._places):
+            await reviving
+            return
+        self._reviving.add(reviving)  # should it fail, the next publication fails for the same reason, and ends the run
+        reviving.add_done_callback(self._revived)
+
+    def _revived(self, done: asyncio.Future[None]) -> None:
+        self._reviving.discard(done)
+        if not done.cancelled() and done.exception() is not None:
+            log.error("a worker did not come back: %s", done.exception())
+
+    async def _least_busy(self) -> Place:
+        """Of the workers that are up; starts one again if there is none."""
+        if not any(p.up for p in self._places):
+            place = self._places[0]
+            async with place.control:
+                if not place.up:
+                    await self._restart(place, EngineError(f"worker {place.name} is gone"))
+        return min((p for p in self._places if p.up), key=lambda p: len(p.groups))
 
     async def _restart(self, place: Place, death: BaseException) -> Any:
+        place.up = False
         while True:
             place.restarts += 1
             if place.restarts > MAX_RESTARTS:
                 raise PoolError(f"worker {place.name} died {place.restarts} times; the last time: {death}") from death
             ray.kill(place.actor)
             try:
-                return await self._start_worker(place)
+                receipt = await self._start_worker(place)
+                place.up = True
+                return receipt
             except DEATHS as again:
                 death = again
 
-    async def _on(self, actor: Any, group_id: str, task: Task, spec: EpisodeSpec, env_id: str, options: dict[str, Any]) -> GroupResult:
+    async def _on(self, actor: Any, job: Job) -> GroupResult:
         """One group on one worker. Giving up the wait gives up the work."""
-        group, summary = actor.run_group.options(num_returns=2).remote(group_id, task, spec, env_id, options)
+        group, summary = actor.run_group.options(num_returns=2).remote(job)
         try:
             result: GroupResult = await summary
         except asyncio.CancelledError:
             ray.cancel(summary)
             raise
         except TaskCancelledError as error:
-            raise asyncio.CancelledError(f"group {group_id} was cancelled") from error
+            raise asyncio.CancelledError(f"group {job.group_id} was cancelled") from error
         return replace(result, ref=group)
+
+
+def with_history(result: GroupResult, job: Job, deaths: Sequence[str]) -> GroupResult:
+    """`result`, and what there is to tell of earlier attempts."""
+    if not deaths and not job.drafts:
+        return result
+    anew = job.spec.group_size - result.kept - result.continued
+    became = f"{result.kept} rollouts kept, {result.continued} continued, {anew} started again"
+    return replace(result, attempts=1 + len(deaths), history=f"{', '.join(deaths) or 'taken up'}: {became}")
 
 
 async def as_future(ref: Any) -> Any:

@@ -1,16 +1,15 @@
 """RolloutWorker: the Ray actor that turns a task into a scored group.
 
-run_group:  task --> G episodes beside each other (engine here, environments in EnvHost actors) --> Group
+run_group:  task, drafts --> G episodes beside each other (engine here, environments in EnvHost actors) --> Group
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +18,50 @@ from numpy.typing import NDArray
 
 from rl_core.chat import chat_format
 from rl_core.config import RolloutConfig
-from rl_core.seams import GroupResult, Observation, Transition
-from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, Status, Task, Turn
+from rl_core.drafts import Draft, DraftFile, Drafts
+from rl_core.faults import Retries
+from rl_core.seams import GroupResult
+from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, Task
+from rollout_workers.continuing import SNAPSHOT_S, Continuing, Diverged
 from rollout_workers.engine import Engine, EngineError
 from rollout_workers.episode import run_episode
+from rollout_workers.hosts import Hosts
 
 EPISODES_PER_SEQUENCE = 1.5
 """Episodes under way for each sequence that the engine decodes at a time: some are always waiting for an environment."""
 
-RETRIED = (Status.INFRA_ERROR, Status.VERIFIER_ERROR)
-"""Ends of an episode that say nothing about the policy; such an episode is tried once more."""
-
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One group to roll out."""
+
+    group_id: str
+    task: Task
+    spec: EpisodeSpec
+    env_id: str
+    options: Mapping[str, Any]
+    drafts: Drafts = field(default_factory=dict)
+    """What an earlier attempt left, on a worker that is gone or in an earlier life of the run."""
 
 
 class RolloutWorker:
     """One engine and the episodes that use it. Made an actor by the pool; its methods are called concurrently."""
 
     def __init__(
-        self, name: str, *, model_path: str, dtype: str, rollout: RolloutConfig, seed: int, hosts: Sequence[Any], log_path: str = ""
-    ) -> None:
-        if log_path:
-            to_file(log_path)
+        self, name: str, *, life: str, model_path: str, dtype: str, rollout: RolloutConfig, seed: int, hosts: Sequence[Any],
+        run_dir: Path | None,
+    ) -> None:  # fmt: skip
+        """`life` names this worker until it dies: sessions on hosts carry it. Without a run folder, no log and no drafts are kept."""
+        if run_dir is not None:
+            to_file(run_dir / "logs" / f"{name}.log")
         self.name = name
+        self._drafts = DraftFile(run_dir / "drafts", name) if run_dir is not None else None
+        self._under_way: set[Continuing] = set()
         self._start: dict[str, Any] = {"model_path": model_path, "dtype": dtype, "rollout": rollout, "seed": seed}
         self._chat = chat_format(model_path)
-        self._hosts = list(hosts)
-        self._turn_of = itertools.count()
+        self._hosts = Hosts(hosts, owner=life)
         self._room = asyncio.Semaphore(max(1, int(rollout.max_num_seqs * EPISODES_PER_SEQUENCE)))
         self._caps: dict[str, asyncio.Semaphore] = {}
         self._engine: Engine | None = None
@@ -53,23 +69,22 @@ class RolloutWorker:
     async def start(self) -> None:
         """Load the checkpoint as version 0 and warm up."""
         self._engine = await Engine.start(name=self.name, stop_ids=self._chat.stop_ids, **self._start)
+        if self._drafts is not None:
+            self._snapshots = asyncio.create_task(self._write_snapshots())
 
-    async def run_group(
-        self, group_id: str, task: Task, spec: EpisodeSpec, env_id: str, options: Mapping[str, Any]
-    ) -> tuple[Group, GroupResult]:
-        """G episodes of `task`. The result's `ref` is filled in by the pool, which owns the group's object reference."""
+    async def run_group(self, job: Job) -> tuple[Group, GroupResult]:
+        """G episodes of one task. The result's `ref` is filled in by the pool, which owns the group's object reference."""
         loop = asyncio.get_running_loop()
         began = loop.time()
+        retries, continued = Retries(job.spec.group_size), set[int]()
         try:
             async with asyncio.TaskGroup() as episodes:
-                running = [
-                    episodes.create_task(self._attempt(f"{group_id}-{index}", task, seeded(spec, index), env_id, options))
-                    for index in range(spec.group_size)
-                ]
+                running = [episodes.create_task(self._rollout(job, i, retries, continued)) for i in range(job.spec.group_size)]
         except* EngineError as several:
             raise several.exceptions[0] from None  # one cause, of a class that the pool knows
-        group = Group(id=group_id, task=task, rollouts=tuple(r.result() for r in running))
-        return group, GroupResult.of(group, loop.time() - began)
+        group = Group(id=job.group_id, task=job.task, rollouts=tuple(r.result() for r in running))
+        kept = sum(draft.end is not None for draft in job.drafts.values())
+        return group, replace(GroupResult.of(group, loop.time() - began), kept=kept, continued=len(continued))
 
     async def load_weights(self, version: int, blob: NDArray[np.uint8]) -> Receipt:
         return await self.engine.load_weights(version, blob)
@@ -84,14 +99,28 @@ class RolloutWorker:
         assert self._engine is not None, "RolloutWorker.start() was not awaited"
         return self._engine
 
-    async def _attempt(self, rollout_id: str, task: Task, spec: EpisodeSpec, env_id: str, options: Mapping[str, Any]) -> Rollout:
-        """One rollout; a failure of ours is tried once more, on the next host."""
-        async with self._cap(task.env, spec), self._room:
-            rollout = await self._episode(rollout_id, task, spec, env_id, options)
-            if rollout.verdict.status in RETRIED:
-                log.warning("rollout %s: %s; trying once more", rollout_id, dict(rollout.verdict.evidence))
-                rollout = await self._episode(rollout_id + "r", task, spec, env_id, options)
-            return rollout
+    async def _rollout(self, job: Job, index: int, retries: Retries, continued: set[int]) -> Rollout:
+        """One rollout: the one that an earlier attempt finished, the rest of one that it did not, or a new one."""
+        draft = job.drafts.get(index)
+        if draft is not None and (finished := draft.rollout(job.task)) is not None:
+            return finished
+        async with self._cap(job.task.env, job.spec), self._room:
+            if draft is not None:
+                try:
+                    rollout = await self._episode(job, index, f"{job.group_id}-{index}", draft)
+                    continued.add(index)
+                except Diverged as reason:
+                    log.warning("rollout %s-%d starts from nothing: %s", job.group_id, index, reason)
+                    draft = None
+            if draft is None:
+                rollout = await self._episode(job, index, f"{job.group_id}-{index}")
+            tries = 1
+            while (pause := retries.pause(index, rollout.verdict.status)) is not None:
+                log.warning("rollout %s is tried again in %g s: %s", rollout.id, pause, dict(rollout.verdict.evidence))
+                await asyncio.sleep(pause)
+                rollout = await self._episode(job, index, f"{job.group_id}-{index}r{tries}")
+                tries += 1
+        return rollout
 
     def _cap(self, env: str, spec: EpisodeSpec) -> AbstractAsyncContextManager[Any]:
         """An environment's own room. Waiting for it takes nobody else's, and no time of the episode."""
@@ -99,36 +128,26 @@ class RolloutWorker:
             return nullcontext()
         return self._caps.setdefault(env, asyncio.Semaphore(spec.concurrency))
 
-    async def _episode(self, rollout_id: str, task: Task, spec: EpisodeSpec, env_id: str, options: Mapping[str, Any]) -> Rollout:
-        host = self._hosts[next(self._turn_of) % len(self._hosts)]
-        session = RemoteSession(host=host, id=rollout_id, env_id=env_id, options=options, task=task)
-        return await run_episode(task, spec, self.engine, session, self._chat, rollout_id, worker=self.name)
+    async def _episode(self, job: Job, index: int, rollout_id: str, draft: Draft | None = None) -> Rollout:
+        spec, trains = seeded(job.spec, index), job.spec.sampling.seed is None  # fixed dice give the same again without a draft
+        session = self._hosts.session(job.env_id, job.options, job.task)
+        sampler = Continuing(self.engine, self._drafts if trains else None, job.group_id, index, draft)
+        self._under_way.add(sampler)
+        try:
+            rollout = await run_episode(job.task, spec, sampler, session, self._chat, rollout_id, worker=self.name)
+        finally:
+            self._under_way.discard(sampler)
+        if trains and self._drafts is not None and rollout.verdict.status.trains:
+            self._drafts.end(job.group_id, index, rollout)
+        return rollout
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteSession:
-    """An EnvSession in an EnvHost actor."""
-
-    host: Any
-    id: str
-    env_id: str
-    options: Mapping[str, Any]
-    task: Task
-
-    async def reset(self) -> Observation:
-        shown: Observation = await self.host.open.remote(self.id, self.env_id, dict(self.options), self.task)
-        return shown
-
-    async def step(self, turn: Turn) -> Transition:
-        transition: Transition = await self.host.step.remote(self.id, turn)
-        return transition
-
-    async def truncate(self) -> Transition:
-        transition: Transition = await self.host.truncate.remote(self.id)
-        return transition
-
-    async def close(self) -> None:
-        await self.host.close.remote(self.id)
+    async def _write_snapshots(self) -> None:
+        """The tokens of turns under way go to the draft file, every now and then."""
+        while True:
+            await asyncio.sleep(SNAPSHOT_S)
+            waiting = {s.request_id: s for s in self._under_way if s.request_id}
+            for request_id, part in self.engine.under_way({name: s.seen for name, s in waiting.items()}).items():
+                waiting[request_id].snapshot(part)
 
 
 def seeded(spec: EpisodeSpec, index: int) -> EpisodeSpec:
@@ -138,9 +157,9 @@ def seeded(spec: EpisodeSpec, index: int) -> EpisodeSpec:
     return replace(spec, sampling=replace(spec.sampling, seed=(spec.sampling.seed + 104_729 * index) % 2**31))
 
 
-def to_file(path: str) -> None:
+def to_file(path: Path) -> None:
     """This process's log goes to the run folder."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

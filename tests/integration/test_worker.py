@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +13,19 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import torch
 
 from environments.registry import resolve
 from infra.ray_cluster import start_local
+from learner.model import PolicyModel
 from rl_core.config import RunConfig, parse_config
+from rl_core.drafts import read_drafts
 from rl_core.seams import GroupResult
-from rl_core.types import EpisodeSpec, Group, SamplingParams, Status, Task
+from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, SamplingParams, Status, Task, Turn
+from rollout_workers import hosts as hosts_module
+from rollout_workers.hosts import Hosts, start_hosts
 from rollout_workers.pool import Pool
+from tests.integration.hanging_env import HangingEnv
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -115,9 +121,40 @@ def test_an_episode_of_a_broken_environment_is_masked_and_not_a_zero(running: Ru
     (task,) = tasks("math", 1)
     broken = Task(env="math", key="broken", split="train", seed=task.seed, public={}, private={})
     result = running.run(running.pool.run_group("broken", broken, running.spec("math")))
-    assert set(result.statuses) <= {Status.INFRA_ERROR.value, Status.VERIFIER_ERROR.value}
+    assert set(result.statuses) == {Status.ENV_ERROR.value}
     assert (result.num_trainable, result.rewards, result.has_signal) == (0, (), False)
-    assert all(r.id.endswith("r") for r in ray.get(result.ref).rollouts), "each is tried twice"
+    assert all(r.id.endswith("r1") for r in ray.get(result.ref).rollouts), "each is tried twice"
+
+
+def test_a_host_whose_interpreter_hangs_is_killed_and_serves_again(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing inside can help: the environment holds the interpreter's lock."""
+    monkeypatch.setattr(hosts_module, "LOOK_S", 1.0)
+    monkeypatch.setattr(hosts_module, "ANSWER_S", 2.0)
+    flag = tmp_path / "flag"
+    task = next(HangingEnv.tasks("train", 0, {}))
+
+    async def main() -> tuple[Any, Any, int]:
+        handles = start_hosts(running.config)
+        hosts = Hosts(handles, owner="w9.0")
+
+        async def episode() -> Any:
+            session = hosts.session("tests.integration.hanging_env:HangingEnv", {"flag": str(flag)}, task)
+            await session.reset()
+            return (await session.step(Turn(content=""))).verdict
+
+        try:
+            await handles[0].ping.remote()
+            flag.touch()
+            hung = await episode()
+            return hung, await episode(), hosts.killed
+        finally:
+            ray.kill(handles[0])
+
+    hung, after, killed = running.run(main(), 60.0)
+    assert hung.status is Status.INFRA_ERROR
+    assert (after.reward, killed) == (1.0, 1)
 
 
 def test_published_weights_are_proved_and_stamped_on_the_tokens_after(running: Running) -> None:
@@ -128,26 +165,56 @@ def test_published_weights_are_proved_and_stamped_on_the_tokens_after(running: R
     assert [(r.min_version, r.max_version) for r in running.groups("math", 2, "stamped")] == [(7, 7)] * 2
 
 
-def test_groups_outlive_a_killed_worker_which_comes_back_under_the_newest_weights(running: Running) -> None:
-    blob = np.fromfile(SEED_MODEL / "model.safetensors", np.uint8)
-    running.run(running.pool.load_weights(8, ray.put(blob)))
+def test_a_killed_workers_rollouts_go_on_and_it_is_back_after_a_verified_update(running: Running) -> None:
+    """SIGKILL amid work: finished rollouts stay, begun ones go on from their tokens, and the next version reaches the new worker."""
+    blob = ray.put(np.fromfile(SEED_MODEL / "model.safetensors", np.uint8))
+    running.run(running.pool.load_weights(8, blob))
     (kept,) = running.groups("math", 1, "kept")
     engines = engine_processes()
+    names = [f"killed-{i}" for i in range(8)]
 
-    async def kill_amid_work() -> list[GroupResult]:
-        spec = running.spec("math")
-        work = [asyncio.create_task(running.pool.run_group(f"killed-{i}", t, spec)) for i, t in enumerate(tasks("math", 8))]
-        await asyncio.sleep(0.2)
-        ray.kill(running.pool._places[0].actor)
-        return await asyncio.gather(*work)
+    def begun() -> int:
+        """Rollouts that have said a turn and are not finished."""
+        drafts = read_drafts(running.run_dir / "drafts", names)
+        return sum(d.end is None for mine in drafts.values() for d in mine.values())
 
-    results = running.run(kill_amid_work())
-    assert sorted(r.group_id for r in results) == sorted(f"killed-{i}" for i in range(8))
-    assert {(r.min_version, r.max_version) for r in results} <= {(8, 8)}, "a restarted worker must not serve its first weights"
+    async def kill_amid_work() -> tuple[list[GroupResult], Sequence[Receipt]]:
+        spec = running.spec("tools")
+        work = [asyncio.create_task(running.pool.run_group(n, t, spec)) for n, t in zip(names, tasks("tools", 8), strict=True)]
+        while begun() < 4:
+            await asyncio.sleep(0.02)
+            assert not all(w.done() for w in work)
+        (worker,) = (p for p in psutil.Process().children(recursive=True) if "RolloutWorker" in " ".join(p.cmdline()))
+        worker.kill()
+        receipts = await running.pool.load_weights(9, blob)
+        return await asyncio.gather(*work), receipts
+
+    results, (receipt,) = running.run(kill_amid_work())
+    assert sorted(r.group_id for r in results) == sorted(names)
+    assert (receipt.version, {s.version for c in receipt.probe for s in c.spans}) == (9, {9})
     assert running.pool._places[0].restarts == 1
+    again = [r for r in results if r.attempts == 2]
+    assert sum(r.continued for r in again) >= 4
+    assert all(r.history.startswith("worker w0 died: ") for r in again)
+    assert {(r.min_version, r.max_version) for r in again} <= {(8, 9), (8, 8), (9, 9)}, "it must not serve its first weights"
+    rollouts = [r for result in again for r in ray.get(result.ref).rollouts]
+    both = [r for r in rollouts if {s.version for c in r.completions for s in c.spans} == {8, 9}]
+    assert both, "a rollout that went on has tokens of the engine that died and of the one that followed"
+    assert worst_logprob_error(both) < 1e-3
     assert isinstance(ray.get(kept.ref), Group), "a finished group must not go with the worker that made it"
     psutil.wait_procs(engines, timeout=20)
     assert not [p for p in engines if p.is_running()], "the killed worker left its engine behind"
+
+
+def worst_logprob_error(rollouts: Sequence[Rollout]) -> float:
+    """Largest distance of a stored logprob from plain torch's, in nats."""
+    model, errors = PolicyModel.from_pretrained(SEED_MODEL), []
+    for c in (c for r in rollouts for c in r.completions):
+        ids = torch.from_numpy(np.concatenate([c.prompt_ids, c.token_ids]).astype(np.int64))[None]
+        with torch.no_grad():
+            logprobs = model.logits(model(ids[:, :-1]))[0, len(c.prompt_ids) - 1 :].log_softmax(-1)
+        errors.append(np.abs(logprobs.gather(-1, ids[0, len(c.prompt_ids) :, None])[:, 0].numpy() - c.logprobs).max())
+    return float(max(errors))
 
 
 def test_closing_the_pool_leaves_no_engine(running: Running) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from environments.base import TaskDraft, TextEnv
-from environments.host import EnvHost, EnvironmentFailure
+from environments.host import EnvHost, EnvironmentBug, EnvironmentFailure
 from environments.registry import resolve
 from environments.sandbox.base import SandboxUnavailable
 from rl_core.seams import Observation
@@ -92,10 +92,10 @@ def test_the_host_names_the_sandbox_unless_the_config_does() -> None:
 @pytest.mark.parametrize(
     ("mishap", "status"),
     [
-        ("bug", Status.VERIFIER_ERROR),
-        ("exit", Status.VERIFIER_ERROR),
-        ("nested", Status.VERIFIER_ERROR),
-        ("nonsense", Status.VERIFIER_ERROR),
+        ("bug", Status.ENV_ERROR),
+        ("exit", Status.ENV_ERROR),
+        ("nested", Status.ENV_ERROR),
+        ("nonsense", Status.ENV_ERROR),
         ("disk", Status.INFRA_ERROR),
         ("sandbox", Status.INFRA_ERROR),
     ],
@@ -111,9 +111,12 @@ def test_an_exception_in_a_step_becomes_a_verdict_without_reward(host: EnvHost, 
 
 def test_an_exception_at_the_start_is_an_environment_failure_that_pickles() -> None:
     host = EnvHost()
-    for options, task, complaint in [({}, a_task(begin="bug"), "ZeroDivisionError"), ({}, a_task(begin="exit"), "SystemExit")]:
+    for begin, complaint, kind in [
+        ("bug", "ZeroDivisionError", EnvironmentBug), ("exit", "SystemExit", EnvironmentBug), ("disk", "OSError", EnvironmentFailure),
+    ]:  # fmt: skip
         with pytest.raises(EnvironmentFailure, match=complaint) as caught:
-            host.open("s", HERE, options, task)
+            host.open("s", HERE, {}, a_task(begin=begin))
+        assert type(caught.value) is kind
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301 -- our own bytes
     with pytest.raises(EnvironmentFailure, match="did you mean 'math'"):
         host.open("s", "mathh", {}, a_task())

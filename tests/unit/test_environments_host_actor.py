@@ -117,7 +117,7 @@ async def test_a_step_that_hangs_ends_its_episode_as_data_and_no_other(host: Hos
     await opened(host, "hangs")
     await opened(host, "well")
     late, fine = await asyncio.gather(host.step("hangs", Turn(content=how)), host.step("well", Turn(content="fine")))
-    assert status_of(late) is Status.VERIFIER_ERROR
+    assert status_of(late) is Status.ENV_ERROR
     assert late.verdict is not None
     assert late.verdict.reward is None
     assert "step: the call took longer than 0.2 s" in late.verdict.evidence["error"]
@@ -132,7 +132,7 @@ async def test_open_truncate_and_close_have_a_time_out_as_well(host: HostActor) 
     with pytest.raises(EnvironmentFailure, match="open: the call took longer"):
         await host.open("a", HERE, {}, trap(begin="wait"))
     await opened(host, "b", truncate="wait")
-    assert status_of(await host.truncate("b")) is Status.VERIFIER_ERROR
+    assert status_of(await host.truncate("b")) is Status.ENV_ERROR
     await opened(host, "c", close="wait")
     began = time.monotonic()
     await host.close("c")

@@ -27,7 +27,7 @@ MAY_IMPORT = {
 """What each package may import of ours. An environment may use the verifiers of `reward_models`, never the other way round."""
 
 HEAVY = {
-    "ray": ("infra/*", "learner/actor.py", "rollout_workers/pool.py", "rollout_workers/worker.py"),
+    "ray": ("infra/*", "learner/actor.py", "rollout_workers/pool.py", "rollout_workers/hosts.py"),
     "vllm": ("rollout_workers/engine.py", "rollout_workers/vllm_plugin/*"),
     "deepspeed": ("learner/*",),
     "docker": ("environments/sandbox/docker.py", "infra/*"),

@@ -22,8 +22,9 @@ import pytest
 
 from rl_core.config import LoopConfig
 from rl_core.durable import DurableLearner, DurableQueue
+from rl_core.faults import unusable
 from rl_core.ledger import Ledger, LedgerError, read_balance
-from rl_core.loop import Budget, train, unusable
+from rl_core.loop import Budget, train
 from rl_core.mixer import Mixer
 from rl_core.recovery import recover
 from rl_core.replay_queue import ReplayQueue

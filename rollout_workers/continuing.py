@@ -1,0 +1,84 @@
+"""The sampler of one rollout: says again what a draft holds, then lets the engine go on, and writes all of it down as the next draft.
+
+    episode --> Continuing --> engine       a rollout that goes on from a draft is an episode like any other: its environment starts
+                    |                       anew and hears the same turns again, only that the first ones come from the draft
+                    +--> draft file
+
+Environments are deterministic given their task, so they answer as before; each prompt is compared with the draft's, id for id. Where
+one differs, what was sampled after it belongs to another world, and the rollout starts from nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rl_core.drafts import CUT_OFF, Draft, DraftFile, joined
+from rl_core.seams import Sampler
+from rl_core.types import Completion, SamplingParams
+
+SNAPSHOT_S = 1.0
+"""Seconds between two looks at the turns under way."""
+SNAPSHOT_TOKENS = 16
+"""New tokens of a turn below which a look writes nothing: they are sampled again faster than they are read."""
+
+
+class Diverged(Exception):
+    """The environment did not say again what it had said when the draft was sampled."""
+
+
+class Continuing:
+    """A Sampler. `file` is where drafts go, None for nowhere."""
+
+    def __init__(self, engine: Sampler, file: DraftFile | None, group_id: str, index: int, draft: Draft | None = None) -> None:
+        self.request_id = ""
+        """Of the turn under way; "" between turns."""
+        self.seen = 0
+        """Tokens of this request that are in the draft."""
+        self._engine, self._file, self._group_id, self._index = engine, file, group_id, index
+        self._said = deque(draft.completions if draft else ())
+        self._turn = 0
+        self._known: list[int] = []  # ids of all turns that ended
+        self._before: Completion | None = None  # what another engine had sampled of the turn under way
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str) -> Completion:
+        self.request_id, self.seen = request_id, 0
+        completion = await self._next(prompt_ids, params, request_id)
+        self.request_id, self._before = "", None
+        self._write(completion)
+        self._known = [*completion.prompt_ids.tolist(), *completion.token_ids.tolist()]
+        self._turn += 1
+        return completion
+
+    def snapshot(self, part: Completion) -> None:
+        """What the engine has sampled of the turn under way after the tokens that it was `seen` to have."""
+        if len(part.token_ids) < SNAPSHOT_TOKENS:
+            return
+        before = 0 if self._before is None else len(self._before.token_ids)
+        if self.seen == 0:
+            self._write(part if self._before is None else joined(self._before, part))
+        else:
+            self._write(part, start=before + self.seen)
+        self.seen += len(part.token_ids)
+
+    async def _next(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> Completion:
+        if not self._said:
+            return await self._engine.sample(prompt_ids, params, request_id=request_id)
+        said = self._said.popleft()
+        if said.prompt_ids.tolist() != list(prompt_ids):
+            raise Diverged(f"{self._group_id}-{self._index}: the prompt of turn {self._turn} is not the one that was answered before")
+        if said.finish_reason != CUT_OFF:
+            return said
+        left = params.max_tokens - len(said.token_ids)
+        if left < 1:
+            return replace(said, finish_reason="length")
+        self._before = said
+        ids = [*prompt_ids, *said.token_ids.tolist()]
+        return joined(said, await self._engine.sample(ids, replace(params, max_tokens=left), request_id=request_id))
+
+    def _write(self, completion: Completion, *, start: int = 0) -> None:
+        if self._file is not None:
+            known = len(self._known)
+            extends = start > 0 or completion.prompt_ids[:known].tolist() == self._known
+            self._file.add(self._group_id, self._index, self._turn, completion, known=known if extends else 0, start=start)

@@ -1,0 +1,130 @@
+"""Environment hosts as one worker sees them: they take turns, and no call waits for one that does not live.
+
+    call --[LOOK_S without an answer]--> does the host answer at all? --no--> SIGKILL; Ray starts it again
+
+A host bounds its calls by itself (environments/host_actor.py), as long as its event loop runs. It does not while an environment
+holds the interpreter's lock, or when the process is stopped: then nobody inside can help. A host that is killed takes its episodes along:
+they end as infrastructure errors, and are tried again (rl_core/faults.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from environments.host import EnvironmentBug
+from environments.host_actor import EnvLimits, HostActor
+from rl_core.config import RunConfig
+from rl_core.seams import Observation, Transition
+from rl_core.types import Status, Task, Turn
+from rollout_workers.episode import SessionFailed
+
+CALLS_PER_HOST = 10_000
+"""Calls that one host may hold: those that wait are coroutines, so the number is only a backstop."""
+LOOK_S = 15.0
+"""A call that takes longer makes its worker look at the host, and again every time that this has passed."""
+ANSWER_S = 15.0
+"""Longest that a host may take to say that it lives. It needs a millisecond; a machine that swaps needs more."""
+
+log = logging.getLogger(__name__)
+
+
+def start_hosts(config: RunConfig) -> list[Any]:
+    """The run's environment hosts. One that dies comes back by itself, without its sessions."""
+    rollout = config.rollout
+    limits = {
+        name: EnvLimits(calls=rollout.env_threads, call_timeout_s=env.call_timeout_s, episode_timeout_s=env.timeout_s)
+        for name, env in config.environments.items()
+    }
+    host = ray.remote(HostActor).options(  # type: ignore[attr-defined]
+        num_cpus=0,
+        max_concurrency=CALLS_PER_HOST,
+        max_restarts=-1,
+        max_task_retries=1,  # a call that waits when its host is replaced is served by the next process
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+    )
+    memory = int(rollout.env_host_memory_gib * 2**30)
+    return [host.remote(config.sandbox, limits, memory_bytes=memory, own_process=True) for _ in range(rollout.env_hosts)]
+
+
+class Hosts:
+    """Gives out sessions; watches the hosts that they are on."""
+
+    def __init__(self, handles: Sequence[Any], *, owner: str) -> None:
+        """`owner` names this worker in this life: a session that a dead one left open does not bar its successor's."""
+        self._handles, self._owner = list(handles), owner
+        self._turn_of, self._number = itertools.count(), itertools.count()
+        self._looking: dict[Any, asyncio.Task[None]] = {}
+        self.killed = 0
+
+    def session(self, env_id: str, options: Mapping[str, Any], task: Task) -> RemoteSession:
+        """A session of one episode, on the host whose turn it is."""
+        host = self._handles[next(self._turn_of) % len(self._handles)]
+        name = f"{self._owner}/{next(self._number)}"
+        return RemoteSession(hosts=self, host=host, id=name, env_id=env_id, options=options, task=task)
+
+    async def call(self, host: Any, method: str, *arguments: Any) -> Any:
+        """The host's answer. Raises SessionFailed where the environment cannot be opened, and Ray's error where the host has died."""
+        answer = asyncio.ensure_future(_answer(getattr(host, method).remote(*arguments)))
+        try:
+            while not (await asyncio.wait({answer}, timeout=LOOK_S))[0]:
+                await self._look_at(host)
+            return answer.result()
+        except EnvironmentBug as error:
+            raise SessionFailed(str(error), Status.ENV_ERROR) from error
+        finally:
+            answer.cancel()
+
+    async def _look_at(self, host: Any) -> None:
+        """Kill the host if it does not answer. Many episodes of it come here at once, and one looks."""
+        if host not in self._looking:
+            self._looking[host] = asyncio.create_task(self._look(host))
+            self._looking[host].add_done_callback(lambda _: self._looking.pop(host))
+        await asyncio.shield(self._looking[host])
+
+    async def _look(self, host: Any) -> None:
+        try:
+            await asyncio.wait_for(_answer(host.ping.remote()), ANSWER_S)
+        except TimeoutError:
+            log.warning("an environment host did not answer within %g s; it is killed, and starts again", ANSWER_S)
+            self.killed += 1
+            ray.kill(host, no_restart=False)
+        except ray.exceptions.RayActorError:
+            pass  # dead already: Ray starts it again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteSession:
+    """An EnvSession in a HostActor."""
+
+    hosts: Hosts
+    host: Any
+    id: str
+    env_id: str
+    options: Mapping[str, Any]
+    task: Task
+
+    async def reset(self) -> Observation:
+        shown: Observation = await self.hosts.call(self.host, "open", self.id, self.env_id, dict(self.options), self.task)
+        return shown
+
+    async def step(self, turn: Turn) -> Transition:
+        transition: Transition = await self.hosts.call(self.host, "step", self.id, turn)
+        return transition
+
+    async def truncate(self) -> Transition:
+        transition: Transition = await self.hosts.call(self.host, "truncate", self.id)
+        return transition
+
+    async def close(self) -> None:
+        await self.host.close.remote(self.id)
+
+
+async def _answer(ref: Any) -> Any:
+    return await ref
