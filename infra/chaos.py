@@ -1,8 +1,10 @@
 """`polyrl chaos`: a real run whose processes are killed at random moments, and what is left of it.
 
     polyrl run --> [SIGKILL of one process, then a breath] x N --> polyrl resume after each death of the driver --> checks
+                                                                                                 an undisturbed run --^
 
-Kills only processes that its own run started. Kinds are told apart by the titles that Ray and vLLM give them.
+Kills only processes that its own run started, and the Docker engine of a folder that it was given (infra/docker/start-engine.sh),
+which it starts again. Kinds are told apart by the titles that Ray and vLLM give them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import psutil
 
+from infra.run_state import Score, fold
 from infra.view import parse_line
 from rl_core.events import Event
 from rl_core.ledger import Ledger, read_balance
@@ -36,6 +39,11 @@ KINDS = {
     "driver": "",
 }
 """Kind of process -> what its title contains; the driver is the process that was started here."""
+
+ENGINE = "sandbox daemon"
+"""One kind more, where the run's sandbox is a Docker engine of ours."""
+ENGINE_AWAY_S = 15.0
+"""How long it stays away: long enough for groups to break, and for the breaker to see them."""
 
 POLL_S = 0.5
 SETTLE_S = 60.0
@@ -57,9 +65,11 @@ class Outcome:
 class Chaos:
     """One run under fire."""
 
-    def __init__(self, *, kills: int, mean_pause_s: float, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, *, kills: int, mean_pause_s: float, seed: int, say: Callable[[str], None], engine: DockerEngine | None = None
+    ) -> None:
         self.rng = random.Random(seed)
-        self.wanted, self.mean_pause_s, self.say = kills, mean_pause_s, say
+        self.wanted, self.mean_pause_s, self.say, self.engine = kills, mean_pause_s, say, engine
         self.outcome = Outcome()
         self._order = self._shuffled()
         self._due = 0.0
@@ -87,6 +97,8 @@ class Chaos:
         self._training = False
         self.say(f"life {self.outcome.lives}: polyrl {' '.join(arguments)}")
         environment = os.environ | {"POLYRL_EVENTS": "stdout", "PYTHONUNBUFFERED": "1"}
+        if self.engine is not None:
+            environment["DOCKER_HOST"] = self.engine.address
         driver = subprocess.Popen(
             [str(Path(sys.executable).parent / "polyrl"), *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, env=environment, start_new_session=True,
@@ -141,7 +153,7 @@ class Chaos:
     def _kill(self, driver: subprocess.Popen[str], family: dict[int, psutil.Process]) -> bool:
         """SIGKILL one process of the next kind; returns whether it was the driver."""
         kind = self._order[0]
-        victims = [psutil.Process(driver.pid)] if kind == "driver" else [p for p in family.values() if KINDS[kind] in title(p)]
+        victims = self._victims(kind, driver, family)
         self._plan()
         if not victims:
             return False  # it is being restarted
@@ -151,10 +163,18 @@ class Chaos:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
             self.outcome.kills.append(kind)
+        if kind == ENGINE and self.engine is not None:
+            self.engine.start_again(after_s=ENGINE_AWAY_S)
         return kind == "driver"
 
+    def _victims(self, kind: str, driver: subprocess.Popen[str], family: dict[int, psutil.Process]) -> list[psutil.Process]:
+        if kind == ENGINE:
+            return self.engine.processes() if self.engine is not None else []
+        return [psutil.Process(driver.pid)] if kind == "driver" else [p for p in family.values() if KINDS[kind] in title(p)]
+
     def _shuffled(self) -> list[str]:
-        return self.rng.sample(list(KINDS), len(KINDS))
+        kinds = [*KINDS, *([ENGINE] if self.engine is not None else [])]
+        return self.rng.sample(kinds, len(kinds))
 
     def _settle(self, family: list[psutil.Process]) -> None:
         """Nothing of a dead driver may live on."""
@@ -163,6 +183,37 @@ class Chaos:
             self.outcome.left.append(title(process))
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+class DockerEngine:
+    """The engine that start-engine.sh started in a folder of ours."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.address = f"unix://{self.folder}/docker.sock"
+        self._starting: threading.Timer | None = None
+
+    def processes(self) -> list[psutil.Process]:
+        """The daemon, if it runs. The id in its file may belong to somebody else by now: only one with our folder is ours."""
+        try:
+            process = psutil.Process(int((self.folder / "dockerd.pid").read_text()))
+            return [process] if f"--exec-root {self.folder}/exec" in title(process) else []
+        except (OSError, ValueError, psutil.Error):
+            return []
+
+    def start(self) -> None:
+        """Start it, or see that it answers."""
+        script = Path(__file__).parent / "docker" / "start-engine.sh"
+        subprocess.run([str(script), str(self.folder)], check=True, stdout=subprocess.DEVNULL, timeout=180)
+
+    def start_again(self, *, after_s: float) -> None:
+        self._starting = threading.Timer(after_s, self.start)
+        self._starting.start()
+
+    def wait(self) -> None:
+        """Until it has been started again, if it was to be."""
+        if self._starting is not None:
+            self._starting.join(timeout=200)
 
 
 def _forward(driver: subprocess.Popen[str], lines: queue.SimpleQueue[str]) -> None:
@@ -177,6 +228,35 @@ def title(process: psutil.Process) -> str:
         return " ".join(process.cmdline()) or process.name()
     except psutil.Error:
         return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One environment's final held-out score, disturbed and not."""
+
+    env: str
+    disturbed: Score
+    undisturbed: Score
+
+    @property
+    def within_noise(self) -> bool:
+        """The 95 % intervals of the two pass rates overlap."""
+        (low, high), (other_low, other_high) = self.disturbed.ci95, self.undisturbed.ci95
+        return low <= other_high and other_low <= high
+
+    def __str__(self) -> str:
+        verdict = "within noise" if self.within_noise else "NOT within noise"
+        return f"{self.env:<14} held-out {self.disturbed}   undisturbed {self.undisturbed}   {verdict}"
+
+
+def compare(disturbed: StoredRun, undisturbed: StoredRun) -> list[Comparison]:
+    """The scores after training of the environments that both runs have."""
+    mine, theirs = fold(disturbed.events()).environments, fold(undisturbed.events()).environments
+    return [
+        Comparison(env=name, disturbed=env.after, undisturbed=other.after)
+        for name, env in mine.items()
+        if env.after is not None and (other := theirs.get(name)) is not None and other.after is not None
+    ]
 
 
 def check(outcome: Outcome, run: StoredRun, steps: int) -> list[str]:

@@ -30,7 +30,6 @@ def register(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("submit")(submit)
     app.command("resume")(resume)
-    app.command("chaos")(chaos)
 
 
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
@@ -67,38 +66,6 @@ def resume(run: RunName = "latest", overrides: Overrides = None, runs_dir: RunsD
 
     path.write_text(to_yaml(checked), encoding="utf-8")
     _launch(launch, checked, stored.run_dir)
-
-
-def chaos(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    kills: Annotated[int, typer.Option(min=1, help="Processes to kill.")] = 12,
-    pause: Annotated[float, typer.Option(min=1.0, help="Mean seconds between kills, counted from the first step of each life.")] = 20.0,
-    seed: Annotated[int, typer.Option(help="Which processes, and when.")] = 0,
-) -> None:
-    """Run CONFIG while its processes are killed at random: engines, learner, queue, hosts, and the driver, which is then resumed.
-
-    Checks that the run ends whole: every step once, a ledger that adds up, no process left.
-    """
-    checked = load_config(config, overrides or [])
-    preflight(checked)
-    from infra.chaos import Chaos, check
-
-    outcome = Chaos(kills=kills, mean_pause_s=pause, seed=seed, say=typer.echo).go(
-        config, overrides or [], Path(checked.runs_dir).absolute()
-    )
-    if outcome.run_dir is None:
-        typer.echo("the run did not start", err=True)
-        raise typer.Exit(1)
-    stored = StoredRun(outcome.run_dir)
-    problems = check(outcome, stored, checked.loop.steps)
-    if len(outcome.kills) < kills:
-        problems.append(f"the run ended after {len(outcome.kills)} kills, wanted {kills}; raise loop.steps or lower --pause")
-    finish(stored)
-    typer.echo(f"{len(outcome.kills)} kills ({', '.join(outcome.kills)}), {outcome.lives} lives of the driver")
-    for problem in problems:
-        typer.echo(f"PROBLEM: {problem}")
-    raise typer.Exit(1 if problems else 0)
 
 
 MAY_CHANGE = ("loop.steps", "loop.stall_s", "eval.", "rollout.", "sandbox", "learner.checkpoint_every")
