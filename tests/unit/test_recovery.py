@@ -68,6 +68,7 @@ class Disk:
         self.ledger = path
         self.journal: dict[str, Group] = {}
         self.checkpoint = (0, "seed")
+        self.drafts: dict[str, int] = {}  # group -> the version under which its first tokens were sampled
         self.steps: list[int] = []
         self.went_back: dict[int, int] = {}  # rollback version -> version of the checkpoint that it is again
 
@@ -152,7 +153,10 @@ class Engines:
     async def run_group(self, group_id: str, task: Task, spec: EpisodeSpec) -> GroupResult:
         rng = self.world.rng
         assert self.version >= 0, "a group started before any engine had weights"
-        version = self.version
+        drafts = self.world.disk.drafts
+        if group_id not in drafts or rng.random() < 0.3:  # it starts, or starts again; else it goes on from its old tokens
+            drafts[group_id] = self.version
+        version = drafts[group_id]
         await asyncio.sleep(rng.uniform(20, 60) if rng.random() < 0.1 else rng.uniform(0.5, 2))
         now = asyncio.get_running_loop().time()
         broken = task.env == self.world.broken_env and now % 120 < 40
