@@ -106,7 +106,7 @@ class Run:
                 return "stopped", "stopped while starting"
             pool, learner = started
             mixer = self.mixer()
-            unfinished = recover(self.ledger, self.journal, mixer, own=ray.put, unusable=unusable)
+            unfinished = recover(self.ledger, self.journal, mixer, own=ray.put, unusable=unusable, reusable=self.reusable())
             queue = DurableQueue(
                 partial(QueueActor, Budget.of(config.loop).window, parts),
                 (RayActorError,),
@@ -205,9 +205,14 @@ class Run:
     def saved(self, version: int) -> None:
         """A checkpoint covers what was trained so far: journal and drafts keep only what is still to train."""
         unfinished = [entry.group_id for entry in self.ledger.open()]
-        self.journal.prune(unfinished)
+        self.journal.prune([*unfinished, *self.reusable()])
         if self.pool is not None:
             self.pool.settle(unfinished)
+
+    def reusable(self) -> dict[str, int]:
+        """Groups that have trained and may once more, with their uses."""
+        loop = self.config.loop
+        return self.ledger.reusable(loop.max_staleness, loop.max_uses) if loop.reuse else {}
 
     def mixer(self) -> Mixer:
         """The training streams."""

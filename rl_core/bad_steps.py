@@ -30,9 +30,9 @@ class BadSteps:
         """A step was taken."""
         self._in_a_row = 0
 
-    def bad(self, batch: Sequence[GroupResult], version: int, reason: str) -> bool:
-        """The step over `batch` that would have followed `version` was skipped. Returns whether to go back to a checkpoint now."""
-        self._ledger.skip([group.group_id for group in batch], f"bad step: {reason.split(' is ')[0]}")
+    def bad(self, fresh: Sequence[GroupResult], version: int, reason: str) -> bool:
+        """The step after `version`, over the groups `fresh`, was skipped. Returns whether to go back to a checkpoint now."""
+        self._ledger.skip([group.group_id for group in fresh], f"bad step: {reason.split(' is ')[0]}")
         self._note(f"the step after version {version} is skipped: {reason}")
         self._in_a_row += 1
         if self._in_a_row < self._cfg.bad_steps:

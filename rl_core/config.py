@@ -70,12 +70,21 @@ class LoopConfig:
     """Policy versions that a trained token may lag the learner. 0 is exactly synchronous on-policy training."""
     window: int = 4
     """W: a batch takes the first ready groups among the W oldest; 1 is strict first in, first out. Costs W - 1 slots."""
+    reuse: int = 0
+    """R: groups of each step that have trained before (P - R are fresh), as long as they are within max_staleness; 0 is off."""
+    max_uses: int = 2
+    """Steps that one group may train in, if loop.reuse is on."""
     bad_steps: int = 3
     """Skipped steps in a row (see learner.spike_factor) after which weights and optimizer go back to the newest checkpoint."""
     max_rollbacks: int = 2
     """Such returns in one run; when steps are bad again after them, the run stops."""
     stall_s: float = 300.0
     """Seconds without a finished group, step or publication after which the run stops and says why."""
+
+    @property
+    def fresh_per_step(self) -> int:
+        """P - R: groups that train for the first time in each step."""
+        return self.groups_per_step - self.reuse
 
 
 @dataclass
@@ -262,6 +271,13 @@ def validate(config: RunConfig) -> None:
     _at_least("loop.groups_per_step", loop.groups_per_step, 1)
     _at_least("loop.max_staleness", loop.max_staleness, 0, "0 is synchronous on-policy training, 1 to 4 is usual")
     _at_least("loop.window", loop.window, 1)
+    _at_least("loop.reuse", loop.reuse, 0)
+    _at_least("loop.max_uses", loop.max_uses, 2 if loop.reuse else 1)
+    if loop.reuse and not (loop.max_staleness and loop.reuse < loop.groups_per_step):
+        raise ConfigError(
+            f"loop.reuse is {loop.reuse}, with groups_per_step={loop.groups_per_step} and max_staleness={loop.max_staleness}; "
+            f"wanted fewer than all groups of a step, and a max_staleness of 1 or more: what has trained is a version old"
+        )
     _at_least("loop.bad_steps", loop.bad_steps, 1)
     _at_least("loop.max_rollbacks", loop.max_rollbacks, 0)
     _above("loop.stall_s", loop.stall_s, 0)

@@ -8,6 +8,7 @@
 
 SQLite in WAL mode, so that other processes read it while the run writes. It is also what a resumed run starts from: which
 batch made which version, which groups wait, which were cut off, and how far each environment's tasks were drawn.
+A group is trained once, in its state; `uses` counts the steps that it was in, and `reuses` says which they were after the first.
 Versions that no batch made are rows of `rollbacks`: weights and optimizer went back to a checkpoint.
 """
 
@@ -38,7 +39,8 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS tasks (
     ticket INTEGER PRIMARY KEY, group_id TEXT UNIQUE NOT NULL, env TEXT NOT NULL, task_key TEXT NOT NULL, position INTEGER NOT NULL,
     attempt INTEGER NOT NULL DEFAULT 1, restarts TEXT NOT NULL DEFAULT '', state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
-    version INTEGER, drawn_at REAL NOT NULL, ended_at REAL);
+    version INTEGER, uses INTEGER NOT NULL DEFAULT 0, drawn_at REAL NOT NULL, ended_at REAL);
+CREATE TABLE IF NOT EXISTS reuses (version INTEGER NOT NULL, group_id TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS rollbacks (version INTEGER PRIMARY KEY, reason TEXT NOT NULL, at REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS open_tasks ON tasks (ticket) WHERE state IN ('drawn', 'ready');
 CREATE INDEX IF NOT EXISTS batches ON tasks (version) WHERE version IS NOT NULL;
@@ -116,10 +118,12 @@ class Ledger:
         """Its group waits in the queue."""
         self._move([name], State.DRAWN, State.READY)
 
-    def train(self, names: Sequence[str], version: int) -> None:
-        """These groups, all of them or none, made policy version `version`."""
+    def train(self, names: Sequence[str], version: int, again: Sequence[str] = ()) -> None:
+        """These groups, all of them or none, made policy version `version`; those in `again` had trained before."""
         with self._transaction(durable=True):
             self._move(names, State.READY, State.TRAINED, version=version)
+            self._db.executemany("INSERT INTO reuses VALUES (?, ?)", [(version, name) for name in again])
+            self._db.executemany("UPDATE tasks SET uses = uses + 1 WHERE group_id = ?", [(name,) for name in (*names, *again)])
 
     def filter(self, name: str, reason: str) -> None:
         """Its group cannot train."""
@@ -166,9 +170,21 @@ class Ledger:
         """The versions that no batch made, in order."""
         return [row[0] for row in self._db.execute("SELECT version FROM rollbacks ORDER BY version")]
 
+    @property
+    def reused(self) -> int:
+        """How often a group trained once more."""
+        return int(self._db.execute("SELECT count(*) FROM reuses").fetchone()[0])
+
     def batch(self, version: int) -> list[str]:
         """The groups that made `version`, in the order in which they were trained."""
-        return [row[0] for row in self._db.execute("SELECT group_id FROM tasks WHERE version = ? ORDER BY ticket", (version,))]
+        fresh = self._db.execute("SELECT group_id FROM tasks WHERE version = ? ORDER BY ticket", (version,))
+        again = self._db.execute("SELECT group_id FROM reuses WHERE version = ? ORDER BY rowid", (version,))
+        return [row[0] for row in (*fresh, *again)]
+
+    def reusable(self, max_staleness: int, max_uses: int) -> dict[str, int]:
+        """{group: its uses} of trained groups that may train once more, as far as the ledger knows: some are too old."""
+        query = "SELECT group_id, uses FROM tasks WHERE version > ? AND uses < ?"
+        return dict(self._db.execute(query, (self.version - max_staleness, max_uses)).fetchall())
 
     def open(self) -> list[Entry]:
         """Tasks without a final state, in the order in which they were drawn."""

@@ -15,7 +15,8 @@ a group sees at most B - 1 others that were started before it and W - 1 that ove
 
     staleness <= (B - 1 + W - 1) // P = max_staleness        (policy versions; tokens sampled later in a group are younger)
 
-max_staleness = 0 leaves P slots: exactly synchronous, on-policy training.
+max_staleness = 0 leaves P slots: exactly synchronous, on-policy training. P counts fresh groups: with loop.reuse, a batch has others
+beside them that trained before and are within the bound still (rl_core/reuse.py).
 
 Proof of arrival. Each engine returns fresh completions sampled entirely under the version it was given. The learner
 recomputes their logprobs before the optimizer may replace those weights: no version is left unproved.
@@ -49,6 +50,7 @@ from rl_core.ledger import Ledger, group_id
 from rl_core.metrics import StepMetrics
 from rl_core.mixer import Mixer
 from rl_core.recovery import Unfinished
+from rl_core.reuse import Reuse
 from rl_core.seams import GroupResult, Learner, Ref, RolloutWorkers
 from rl_core.types import EpisodeSpec, Receipt, Task
 
@@ -99,8 +101,8 @@ class Budget:
     @staticmethod
     def of(cfg: LoopConfig) -> Budget:
         """A window never needs more than max_staleness * P + 1 places: that leaves P slots, one step's worth."""
-        window = min(cfg.window, cfg.max_staleness * cfg.groups_per_step + 1)
-        return Budget(slots=(cfg.max_staleness + 1) * cfg.groups_per_step - (window - 1), window=window)
+        window = min(cfg.window, cfg.max_staleness * cfg.fresh_per_step + 1)
+        return Budget(slots=(cfg.max_staleness + 1) * cfg.fresh_per_step - (window - 1), window=window)
 
 
 async def train(
@@ -130,6 +132,7 @@ async def train(
     metrics = StepMetrics(first_version=version, last_version=cfg.steps)
     filtered_in_a_row = itertools.count(1)
     bad_steps = BadSteps(cfg, ledger, record.note)
+    reuse = Reuse(cfg, unfinished.reusable)
 
     async def generate() -> None:
         """Start one group per free slot, for ever."""
@@ -170,10 +173,11 @@ async def train(
         arrived.set()
 
     async def next_batch() -> list[GroupResult]:
-        """P groups within the staleness bound; empty once the run is asked to stop."""
+        """Up to P groups within the staleness bound; empty once the run is asked to stop."""
         while not stop.is_set():
             arrived.clear()
-            if batch := await queue.take(cfg.groups_per_step):
+            if fresh := await queue.take(cfg.fresh_per_step):
+                batch = [*fresh, *reuse.pick(version)]
                 check_staleness(batch, version, cfg.max_staleness)
                 return batch
             await bounded(arrived.wait(), cfg.stall_s, "no rollout group finished")
@@ -208,21 +212,23 @@ async def train(
         await bounded(learner.accumulate([g.ref for g in batch]), cfg.stall_s, "the learner's gradients took too long")
         await prove_arrival(await publishing)
         stats, weights = await bounded(learner.apply(), cfg.stall_s, "the optimizer step took too long")
+        fresh, again = [g for g in batch if not g.uses], [g for g in batch if g.uses]
         if stats.skipped:
-            for group in batch:
+            for group in fresh:
                 mixer.filtered(group.env)
-            if not bad_steps.bad(batch, version, stats.skipped):
-                for _ in batch:
+            if not bad_steps.bad(fresh, version, stats.skipped):
+                for _ in fresh:
                     slots.release()
                 return publishing
             stats, weights = await bounded(learner.roll_back(version + 1), cfg.stall_s, "the return to a checkpoint took too long")
         else:
             bad_steps.good()
-            ledger.train([group.group_id for group in batch], stats.version)
+            ledger.train([g.group_id for g in fresh], stats.version, [g.group_id for g in again])
+            reuse.trained(batch)
             for group in batch:
-                mixer.trained(group.env)
+                (mixer.reused if group.uses else mixer.trained)(group.env)
         version = stats.version
-        published = loop.create_task(publish(version, weights, batch))
+        published = loop.create_task(publish(version, weights, fresh))
         await record.step(version, version, metrics.close_step(stats, batch, mixer, waited, time.monotonic() - began))
         if checkpoint_every and version % checkpoint_every == 0 and version < cfg.steps:
             await learner.save()

@@ -82,6 +82,10 @@ class Mixer:
         self._finished(env, 1.0)
         self.streams[env].trained += 1
 
+    def reused(self, env: str) -> None:
+        """A group of `env` was trained once more: it counts in the mixture like any."""
+        self.streams[env].trained += 1
+
     def filtered(self, env: str) -> None:
         """A group of `env` could not train."""
         self._finished(env, 0.0)

@@ -9,8 +9,8 @@ Tickets stay, so the order of start stays, and with it the staleness bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from rl_core.journal import Journal
 from rl_core.ledger import Ledger, State
@@ -26,6 +26,7 @@ class Unfinished:
     ready: dict[int, GroupResult] = field(default_factory=dict)  # by ticket
     cut_off: dict[int, Task] = field(default_factory=dict)  # by ticket; to be started again
     overtakers: tuple[int, ...] = ()
+    reusable: tuple[GroupResult, ...] = ()  # trained, and may train once more
 
     @property
     def queue(self) -> dict[int, GroupResult | None]:
@@ -34,11 +35,21 @@ class Unfinished:
 
 
 def recover(
-    ledger: Ledger, journal: Journal, mixer: Mixer, *, own: Callable[[Group], Ref], unusable: Callable[[GroupResult], str]
+    ledger: Ledger,
+    journal: Journal,
+    mixer: Mixer,
+    *,
+    own: Callable[[Group], Ref],
+    unusable: Callable[[GroupResult], str],
+    reusable: Mapping[str, int] | None = None,
 ) -> Unfinished:
-    """Settle every open task of the ledger and bring the mixer to where it was. `own` makes a reference to a group."""
-    entries = ledger.open()
-    groups = journal.read([e.group_id for e in entries])
+    """Settle every open task of the ledger and bring the mixer to where it was. `own` makes a reference to a group.
+
+    `reusable` are groups that have trained and may once more, with their uses.
+    """
+    entries, reusable = ledger.open(), reusable or {}
+    groups = journal.read([*(e.group_id for e in entries), *reusable])
+    again = [replace(GroupResult.of(groups[name], 0.0, own(groups[name])), uses=uses) for name, uses in reusable.items() if name in groups]
     ready: dict[int, GroupResult] = {}
     cut_off: dict[int, Task] = {}
     for entry in entries:
@@ -67,4 +78,5 @@ def recover(
                 env, position=counts["position"], running=running.count(env), trained=counts[State.TRAINED], filtered=counts[State.FILTERED]
             )  # fmt: skip
     oldest = min(cut_off, default=None)
-    return Unfinished(ready=ready, cut_off=cut_off, overtakers=() if oldest is None else tuple(ledger.trained_after(oldest)))
+    overtakers = () if oldest is None else tuple(ledger.trained_after(oldest))
+    return Unfinished(ready=ready, cut_off=cut_off, overtakers=overtakers, reusable=tuple(again))

@@ -86,6 +86,8 @@ class GroupResult:
     """Workers that it was given to, in this life of the run."""
     kept: int = 0  # rollouts that an earlier attempt had finished
     continued: int = 0  # rollouts that went on from an earlier attempt's tokens
+    uses: int = 0
+    """Steps that it has trained in so far."""
     history: str = ""
     """Why there was more than one attempt, and what became of the earlier ones' rollouts."""
 

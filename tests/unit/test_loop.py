@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -203,6 +204,23 @@ def test_a_run_whose_steps_stay_bad_stops_with_a_sentence(tmp_path: Path) -> Non
     assert caught.group_contains(TooManyBadSteps, match="2 steps in a row were bad .*, after 1 returns")
     assert run.learner.returns == [2]
     assert all(b.balanced for b in read_balance(run.path))
+
+
+def test_groups_are_reused_within_bounds_and_counted_once_as_tasks(tmp_path: Path) -> None:
+    cfg = LoopConfig(steps=20, groups_per_step=4, max_staleness=2, reuse=2, max_uses=3)
+    run = Run(cfg, tmp_path, signal=0.8, straggler=0.1)
+    assert run.go() == 20  # check_staleness raises inside if a group is too old
+    uses = Counter(run.learner.trained)
+    assert max(uses.values()) == 3, "some train as often as they may, none more often"
+    assert len(run.learner.trained) == 20 * 4 - 2, "the first step has nothing to reuse"
+    balances = read_balance(run.path)
+    assert sum(b.trained for b in balances) == 20 * 2 == len(uses)
+    assert all(b.balanced and b.open == 0 for b in balances)
+    ledger = Ledger(run.path)
+    assert [name for version in range(1, 21) for name in ledger.batch(version)] == run.learner.trained
+    assert ledger.reused == 20 * 2 - 2
+    ledger.close()
+    assert run.workers.most_running <= 3 * 2
 
 
 def test_the_trained_mixture_is_the_requested_one_though_one_environment_rarely_has_signal(tmp_path: Path) -> None:

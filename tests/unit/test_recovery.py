@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import os
 import random
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -259,6 +260,8 @@ class World:
             steps=steps, groups_per_step=self.rng.randint(1, 5), max_staleness=self.rng.randint(0, 3), window=self.rng.randint(1, 5),
             bad_steps=2, max_rollbacks=100,
         )  # fmt: skip
+        if self.cfg.max_staleness and self.rng.random() < 0.4:
+            self.cfg.reuse, self.cfg.max_uses = self.rng.randint(0, self.cfg.groups_per_step - 1), self.rng.randint(2, 3)
         self.bad_steps = self.rng.choice([0.0, 0.0, 0.1, 0.4])
         self.faults, self.kills = faults, kills
         self.broken_env = self.rng.choice([None, *SHARES])
@@ -277,7 +280,9 @@ class World:
             )
             done_again = [stats.version for stats in await learner.open(ledger.version)]
             self.disk.steps += [v for v in (*done_again, *ledger.rollbacks) if v not in self.disk.steps]
-            unfinished = recover(ledger, self.disk, mixer, own=lambda group: group, unusable=unusable)
+            unfinished = recover(
+                ledger, self.disk, mixer, own=lambda group: group, unusable=unusable, reusable=self.reusable(ledger)
+            )  # fmt: skip
             queue = DurableQueue(lambda: FlakyQueue(self), (Died,), groups=unfinished.queue, overtakers=unfinished.overtakers)
             await queue.open()
             version, weights = await learner.snapshot()
@@ -299,7 +304,10 @@ class World:
         return [self.disk.read(names)[name] for name in names]
 
     def saved(self, ledger: Ledger, version: int) -> None:
-        self.disk.prune([e.group_id for e in ledger.open()])
+        self.disk.prune([*(e.group_id for e in ledger.open()), *self.reusable(ledger)])
+
+    def reusable(self, ledger: Ledger) -> dict[str, int]:
+        return ledger.reusable(self.cfg.max_staleness, self.cfg.max_uses) if self.cfg.reuse else {}
 
     def go(self) -> None:
         """Live until a life ends well."""
@@ -316,14 +324,18 @@ class World:
     def check(self) -> None:
         """The invariants, over all lives together."""
         ledger = Ledger(self.disk.ledger)
-        lineage = ["seed"]
+        lineage, seen = ["seed"], Counter[str]()
         for version in range(1, self.cfg.steps + 1):
             batch = ledger.batch(version)
-            assert len(batch) == (0 if version in ledger.rollbacks else self.cfg.groups_per_step)
+            fresh = [name for name in batch if name not in seen]
+            assert len(fresh) == (0 if version in ledger.rollbacks else self.cfg.fresh_per_step)
+            assert len(batch) <= len(fresh) + self.cfg.reuse
+            seen.update(batch)
             lineage.append(next_weights(lineage[-1], batch) if batch else lineage[self.disk.went_back[version]])
         weights = lineage[-1]
         assert self.disk.checkpoint == (self.cfg.steps, weights), "the weights are not those of the ledger's steps"
         assert sorted(self.disk.steps) == list(range(1, self.cfg.steps + 1)), "a step was recorded twice, or not at all"
+        assert max(seen.values()) <= (self.cfg.max_uses if self.cfg.reuse else 1)
         assert ledger.open() == []
         ledger.close()
         assert all(b.balanced for b in read_balance(self.disk.ledger))
