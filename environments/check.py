@@ -9,25 +9,30 @@ first where a verifier can be paid for nothing.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import math
 import os
+import queue
 import random
 import subprocess
 import sys
-import time
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from gymnasium.utils.env_checker import check_env
 
 from environments.base import TextEnv
 from environments.plugin_files import target_of
 from rl_core.seams import Observation
-from rl_core.types import Task, Turn, Verdict
+from rl_core.types import Task, ToolCall, Turn, Verdict
+
+T = TypeVar("T")
 
 MAX_TURNS = 64
 NUM_TRAIN, NUM_EVAL = 1600, 400  # tasks that are searched for one that sits in both splits
@@ -37,6 +42,8 @@ DEADLINE_S = 30.0  # longest that an environment may take over one turn
 
 CONSTANTS = ("0", "1", "7", "42", "yes", "no", "none", "done", "true", "return x")
 BIG = 1_000_000  # characters
+ABANDONED = 16  # episodes
+FILES = "/proc/self/fd"
 
 CHILD = """
 import json, sys
@@ -75,9 +82,11 @@ def check_environment(
         ("the oracle earns 1.0 when it answers at once", lambda: _oracle(env_class, options | {"oracle_working": 0.0}, num_tasks)),
         ("no answer that ignores the question is paid", lambda: _hostile(env_class, options, num_tasks)),
         ("no constant answer is paid", lambda: _constants(env_class, options, num_tasks)),
+        ("the right answer among others is not paid", lambda: _hedged(env_class, options, num_tasks)),
         ("the thought is not read for an answer", lambda: _thought(env_class, options, num_tasks)),
         ("the same answer scores the same ten times", lambda: _repeatable(env_class, options)),
         ("sessions do not leak into each other", lambda: _isolated(env_class, options)),
+        ("what an episode opens, closing it frees", lambda: _frees(env_class, options)),
         ("a step after the end raises", lambda: _after_end(env_class, options)),
     ]
     return [_run(name, check) for name, check in checks]
@@ -87,14 +96,32 @@ def play(env: TextEnv, task: Task, policy: Callable[[Observation], Turn]) -> Ver
     """One episode. A policy that takes more than MAX_TURNS turns is cut off."""
     observation = env.reset(options={"task": task})[1]["observation"]
     for _ in range(MAX_TURNS):
-        start = time.perf_counter()
-        info = env.step(policy(observation))[4]
-        if (seconds := time.perf_counter() - start) > DEADLINE_S:
-            raise AssertionError(f"a turn took {seconds:.0f} s, wanted at most {DEADLINE_S:.0f}; bound what the verifier reads or runs")
+        turn = policy(observation)
+        info = within_deadline(lambda turn=turn: env.step(turn)[4])  # type: ignore[misc]
         observation = info["observation"]
         if "verdict" in info:
             return _verdict(info)
     return _verdict(env.truncate()[4])
+
+
+def within_deadline(call: Callable[[], T]) -> T:
+    """The result of `call`, or an AssertionError if it takes too long; its thread is then left to itself."""
+    done: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((call(), None))
+        except Exception as error:  # noqa: BLE001 -- raised again where it is waited for
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = done.get(timeout=DEADLINE_S)
+    except queue.Empty:
+        raise AssertionError(f"a turn took more than {DEADLINE_S:g} s; bound what the verifier reads or runs") from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def play_oracle(env: TextEnv, task: Task, seed: int = 0) -> Verdict:
@@ -130,6 +157,14 @@ def hostile_turns(prompt: str) -> Iterator[tuple[str, Turn]]:
     yield "a megabyte of letters", Turn(content="a" * BIG)
     yield "a megabyte of digits", Turn(content="1" * BIG)
     yield "lone surrogates", Turn(content="\ud800\udfff\x00")
+    yield "digits of other scripts", Turn(content="\uff14\uff12 \u0664\u0662 \u00b2 \u2463")
+    yield "text that runs backwards", Turn(content="\u202e42\u202c\u2066x\u2069")
+    yield "invisible characters", Turn(content="\u200b\u200d\ufeff\u2060" * 100)
+    yield "a heap of accents", Turn(content="e" + "\u0301" * 100_000)
+    yield "a tool that is not there", Turn(content="", tool_calls=(ToolCall(name="__init__", arguments={}),))
+    yield "a tool call full of nonsense", Turn(content="", tool_calls=(ToolCall(name="", arguments={"": math.nan, "a": [[]] * 99}),))
+    yield "a tool call of a megabyte", Turn(content="", tool_calls=(ToolCall(name="x" * BIG, arguments={"x": "x" * BIG}),))
+    yield "a thousand tool calls", Turn(content="", tool_calls=(ToolCall(name="find", arguments={"name": "x"}),) * 1000)
 
 
 # --- the checks: each returns what it saw, and raises AssertionError for what it did not want to see ------------------------
@@ -234,6 +269,25 @@ def _constants(env_class: type[TextEnv], options: Mapping[str, Any], num_tasks: 
     return f"{len(CONSTANTS)} tried, the best earns {means[best]:.2f} on average"
 
 
+def _hedged(env_class: type[TextEnv], options: Mapping[str, Any], num_tasks: int) -> str:
+    """Where one answer ends the episode: the oracle's, and others beside it. A verifier that searches the text for the answer pays."""
+    env, hedged = env_class(**options), 0
+    for task in _tasks(env_class, options, min(4, num_tasks)):
+        observation = env.reset(options={"task": task})[1]["observation"]
+        right = env.oracle(observation, random.Random(0))
+        if right.tool_calls or not right.content.strip() or "verdict" not in env.step(right)[4]:
+            continue
+        for name, text in (
+            ("followed", f"{right.content}\nor\n{right.content}0"),
+            ("preceded", f"{right.content}0 or 1 or {right.content}"),
+        ):
+            verdict = play(env, task, lambda _, text=text: Turn(content=text))  # type: ignore[misc]
+            assert verdict.reward == 0.0, f"the right answer, {name} by another one, earns {verdict.reward}: {text[:80]!r}"
+        hedged += 1
+    env.close()
+    return f"{hedged} tasks" if hedged else "does not apply: no single answer ends an episode"
+
+
 def _thought(env_class: type[TextEnv], options: Mapping[str, Any], num_tasks: int) -> str:
     env = env_class(**options)
     for task in _tasks(env_class, options, min(2, num_tasks)):
@@ -275,6 +329,25 @@ def _isolated(env_class: type[TextEnv], options: Mapping[str, Any]) -> str:
     return "interleaved and abandoned episodes change nothing"
 
 
+def _frees(env_class: type[TextEnv], options: Mapping[str, Any]) -> str:
+    """Threads and open files, after some episodes that are left half-way, and after many more."""
+    tasks = _tasks(env_class, options, 4)
+
+    def leave(times: int) -> tuple[int, int]:
+        for i in range(times):
+            env = env_class(**options)
+            observation = env.reset(options={"task": tasks[i % len(tasks)]})[1]["observation"]
+            env.oracle(observation, random.Random(0))
+            env.close()
+        gc.collect()
+        return threading.active_count(), len(os.listdir(FILES)) if os.path.isdir(FILES) else 0
+
+    few, many = leave(4), leave(4 + ABANDONED)
+    for what, before, after in zip(("threads", "open files"), few, many, strict=True):
+        assert after - before < ABANDONED // 2, f"{ABANDONED} episodes that were closed half-way left {after - before} {what} behind"
+    return f"{ABANDONED} episodes leave nothing behind"
+
+
 def _after_end(env_class: type[TextEnv], options: Mapping[str, Any]) -> str:
     env = env_class(**options)
     play_oracle(env, _tasks(env_class, options, 1)[0])
@@ -303,4 +376,7 @@ def _advance(env: TextEnv, turn: Turn, verdicts: dict[str, Verdict], name: str) 
 def _verdict(info: Mapping[str, Any]) -> Verdict:
     verdict = info["verdict"]
     assert isinstance(verdict, Verdict), f"act() ended the episode with a {type(verdict).__name__}, wanted a Verdict"
+    assert verdict.reward is None or 0.0 <= verdict.reward <= 1.0, f"reward {verdict.reward}, wanted 0 to 1"
+    odd = {name: value for name, value in verdict.components.items() if not math.isfinite(value)}
+    assert not odd, f"components that are no numbers: {odd}"
     return verdict

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from environments import check
 from environments.base import TaskDraft, TextEnv
 from environments.check import check_environment
-from environments.registry import resolve
+from environments.registry import BUILT_INS, resolve
 from rl_core.seams import Observation
 from rl_core.types import Message, Status, Task, Turn, Verdict
 
@@ -139,8 +141,39 @@ class NoOracle(Good):
     oracle = TextEnv.oracle
 
 
-def failures(env_class: type[TextEnv], *, second_process: bool = True) -> str:
-    results = check_environment(env_class, num_tasks=4, second_process=second_process)
+class SearchesForTheAnswer(Good):
+    def act(self, turn: Turn) -> Observation | Verdict:
+        assert self.task is not None
+        return self.score(self.task.private["gold"] in turn.content)
+
+
+class PaysTooMuch(Good):
+    def score(self, right: bool) -> Verdict:
+        return Verdict(status=Status.OK, reward=2.0 * right)
+
+
+class ComponentsWithoutValue(Good):
+    def score(self, right: bool) -> Verdict:
+        return Verdict(status=Status.OK, reward=float(right), components={"speed": float("nan")})
+
+
+class Hangs(Good):
+    def act(self, turn: Turn) -> Observation | Verdict:
+        if len(turn.content) > 1000:
+            threading.Event().wait(3)
+        return super().act(turn)
+
+
+class LeaksFiles(Good):
+    kept: ClassVar[list[Any]] = []
+
+    def begin(self, task: Task) -> Observation:
+        self.kept.append(open("/dev/null"))  # noqa: SIM115 -- the fault
+        return super().begin(task)
+
+
+def failures(env_class: type[TextEnv], *, second_process: bool = True, num_tasks: int = 4) -> str:
+    results = check_environment(env_class, num_tasks=num_tasks, second_process=second_process)
     return "\n".join(str(result) for result in results if not result.ok)
 
 
@@ -165,13 +198,45 @@ def test_a_good_environment_passes_every_check() -> None:
         (SharesItsTask, "interleaved episodes"),
         (GoesOn, "it was accepted"),
         (NoOracle, "has no oracle"),
+        (SearchesForTheAnswer, "followed by another one, earns 1.0"),
+        (PaysTooMuch, "reward 2.0, wanted 0 to 1"),
+        (ComponentsWithoutValue, "components that are no numbers"),
+        (Hangs, "a turn took more than 0.3 s"),
+        (LeaksFiles, "open files behind"),
     ],
 )
-def test_a_faulty_environment_fails_for_the_right_reason(env_class: type[TextEnv], complaint: str) -> None:
+def test_a_faulty_environment_fails_for_the_right_reason(env_class: type[TextEnv], complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if env_class is Hangs:
+        monkeypatch.setattr(check, "DEADLINE_S", 0.3)
     found = failures(env_class, second_process=env_class is OrderOfASet)
     assert re.search(re.escape(complaint), found), found
 
 
-@pytest.mark.parametrize("name", ["math", "long_context", "tools"])
-def test_the_built_ins_that_need_no_sandbox_conform(name: str) -> None:
-    assert failures(resolve(name)) == ""
+HARD: dict[str, dict[str, Any]] = {
+    "math": {"digits": 12, "terms": 30},
+    "long_context": {"min_tokens": 8192, "max_tokens": 32_768, "records": 200, "key_words": 2, "hops": 6, "updates": 4, "questions": 4},
+    "tools": {"distractors": 4, "failure_rate": 0.5},
+    "code": {"num_steps": 8, "digits": 4},
+    "instructions": {"min_rules": 8, "max_rules": 12, "min_words": 40, "max_words": 120, "max_lines": 10, "style": "full"},
+    "structured": {
+        "types": ["int", "str", "bool", "enum", "strings", "ints", "object"], "min_fields": 8, "max_fields": 20, "depth": 4, "items": 8,
+        "changes": 6, "extras": 6, "computed": 3, "style": "full",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_INS))
+def test_every_built_in_conforms(name: str) -> None:
+    assert failures(resolve(name), num_tasks=1 if name == "code" else 4) == ""  # each of its verdicts starts a sandbox
+
+
+@pytest.mark.parametrize("name", sorted(set(BUILT_INS) - {"code"}))
+def test_a_perfect_policy_solves_the_hardest_settings_as_well(name: str) -> None:
+    assert set(HARD) == set(BUILT_INS)
+    env = resolve(name)(**HARD[name])
+    assert all(check.play_oracle(env, task).reward == 1.0 for task in itertools.islice(env.tasks("eval", 5, HARD[name]), 12))
+
+
+def test_programs_for_the_hardest_pipelines_pass_in_the_sandbox() -> None:
+    env = resolve("code")(**HARD["code"])
+    assert all(check.play_oracle(env, task).reward == 1.0 for task in itertools.islice(env.tasks("eval", 5, HARD["code"]), 3))
