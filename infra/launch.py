@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from environments.levels import leveled_tasks
 from environments.registry import resolve
 from infra.audit.gate import AuditedWorkers
 from infra.ray_cluster import connect
@@ -26,6 +27,7 @@ from learner.actor import LearnerGroup
 from rl_core.bad_steps import TooManyBadSteps
 from rl_core.breaker import AllBroken
 from rl_core.config import EnvironmentConfig, RunConfig
+from rl_core.curriculum import Curriculum
 from rl_core.durable import DurableLearner, DurableQueue, rolled_back
 from rl_core.evaluation import EvalResult, evaluate
 from rl_core.events import Event, Sink
@@ -220,12 +222,16 @@ class Run:
         return Mixer(
             {name: partial(self.tasks, name, "train", self.config.seed) for name in environments},
             {name: e.share for name, e in environments.items()},
+            {name: Curriculum(seed=self.config.seed, floor=e.curriculum.floor) for name, e in environments.items() if e.curriculum.enabled},
         )
 
     def tasks(self, name: str, split: str, seed: int, start: int = 0) -> Iterator[Task]:
         """The task source of one environment, from a position on."""
         env = self.config.environments[name]
-        return resolve(env.id or name).tasks(split, seed, task_options(self.config, env), start=start)
+        env_class, options = resolve(env.id or name), task_options(self.config, env)
+        if split == "train" and env.curriculum.enabled and env.curriculum.levels:
+            return leveled_tasks(env_class, split, seed, options, env.curriculum.levels, start=start)
+        return env_class.tasks(split, seed, options, start=start)
 
     async def evaluation(self, pool: Pool, label: str, version: int, count: int) -> dict[str, EvalResult]:
         """Held-out score of every environment, as an event."""

@@ -39,10 +39,12 @@ def check_environment(config: RunConfig, name: str) -> None:
     """It must exist, and draw a task with these options."""
     env = config.environments[name]
     env_class = resolve(env.id or name)
-    try:
-        next(env_class.tasks("train", config.seed, {"tokenizer": config.model.path, **env.options}))
-    except ValueError as error:
-        raise PreflightError(f"environments.{name}.options: {error}") from error
+    levels = {f"curriculum.levels[{i}]": level for i, level in enumerate(env.curriculum.levels)}
+    for where, level in {"options": {}, **levels}.items():
+        try:
+            next(env_class.tasks("train", config.seed, {"tokenizer": config.model.path, **env.options, **level}))
+        except ValueError as error:
+            raise PreflightError(f"environments.{name}.{where}: {error}") from error
 
 
 def check_sandbox(config: RunConfig, name: str) -> None:

@@ -31,6 +31,19 @@ class ModelConfig:
 
 
 @dataclass
+class CurriculumConfig:
+    """Which tasks of an environment are drawn: rather those that are solved sometimes than those that are solved always or never."""
+
+    enabled: bool = False
+    """Off: every task of the stream is drawn."""
+    floor: float = 0.1
+    """Weight of what is always or never solved, relative to what is solved half of the time."""
+    levels: list[dict[str, Any]] = field(default_factory=list)
+    """Options of the task source that are added to `options`, for one task of the stream after another: [{digits: 2}, {digits: 4}].
+    Each level is a pool. Without levels, the environment's own difficulty buckets are the pools. Evaluation uses `options` alone."""
+
+
+@dataclass
 class EnvironmentConfig:
     """One environment of the mixture. The key in `environments` is its id, unless `id` says otherwise."""
 
@@ -56,6 +69,7 @@ class EnvironmentConfig:
     """Episodes of this environment at the same time, over all workers; 0 is as many as the engines take."""
     options: dict[str, Any] = field(default_factory=dict)
     """Passed to the environment's task source and constructor: difficulty knobs."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
 
 @dataclass
@@ -323,6 +337,10 @@ def validate(config: RunConfig) -> None:
         _above(at + "call_timeout_s", env.call_timeout_s, 0)
         _at_least(at + "concurrency", env.concurrency, 0, "0 is no cap")
         _above(at + "temperature", env.temperature, 0)
+        if not 0 < env.curriculum.floor <= 1:
+            raise ConfigError(
+                f"{at}curriculum.floor is {env.curriculum.floor}, wanted more than 0 and at most 1: no task is dropped for ever"
+            )
         if env.max_total_tokens > rollout.max_model_len:
             raise ConfigError(
                 f"{at}max_total_tokens is {env.max_total_tokens}, more than rollout.max_model_len={rollout.max_model_len}; "

@@ -6,6 +6,8 @@
       +--> filtered(reason)
       +--> abandoned(reason)
 
+    passed(reason)     by a curriculum: a position of the stream that was not drawn
+
 SQLite in WAL mode, so that other processes read it while the run writes. It is also what a resumed run starts from: which
 batch made which version, which groups wait, which were cut off, and how far each environment's tasks were drawn.
 A group is trained once, in its state; `uses` counts the steps that it was in, and `reuses` says which they were after the first.
@@ -26,20 +28,22 @@ from rl_core.types import Task
 
 
 class State(StrEnum):
-    """Where a drawn task is. The last three are final."""
+    """Where a task is. The last four are final."""
 
     DRAWN = "drawn"
     READY = "ready"
     TRAINED = "trained"
     FILTERED = "filtered"
     ABANDONED = "abandoned"
+    PASSED = "passed"
 
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS tasks (
     ticket INTEGER PRIMARY KEY, group_id TEXT UNIQUE NOT NULL, env TEXT NOT NULL, task_key TEXT NOT NULL, position INTEGER NOT NULL,
     attempt INTEGER NOT NULL DEFAULT 1, restarts TEXT NOT NULL DEFAULT '', state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
-    version INTEGER, uses INTEGER NOT NULL DEFAULT 0, drawn_at REAL NOT NULL, ended_at REAL);
+    version INTEGER, uses INTEGER NOT NULL DEFAULT 0, drawn_at REAL NOT NULL, ended_at REAL, difficulty TEXT NOT NULL DEFAULT '',
+    solved REAL);
 CREATE TABLE IF NOT EXISTS reuses (version INTEGER NOT NULL, group_id TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS rollbacks (version INTEGER PRIMARY KEY, reason TEXT NOT NULL, at REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS open_tasks ON tasks (ticket) WHERE state IN ('drawn', 'ready');
@@ -69,18 +73,19 @@ class Balance:
     """The sum over one environment's tasks."""
 
     env: str
-    drawn: int
+    drawn: int  # from its stream, by position
     open: int  # drawn or ready
     trained: int
     filtered: int
     abandoned: int
+    passed: int  # left out by a curriculum
     restarted: int  # drawn once, started more than once
     reasons: dict[str, int]
 
     @property
     def balanced(self) -> bool:
         """Every task drawn is in exactly one state."""
-        return self.drawn == self.open + self.trained + self.filtered + self.abandoned
+        return self.drawn == self.open + self.trained + self.filtered + self.abandoned + self.passed
 
 
 def group_id(ticket: int) -> str:
@@ -106,13 +111,15 @@ class Ledger:
 
     def draw(self, task: Task, position: int) -> int:
         """A task was drawn: returns its ticket."""
-        ticket = self._next
-        self._db.execute(
-            "INSERT INTO tasks (ticket, group_id, env, task_key, position, state, drawn_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (ticket, group_id(ticket), task.env, task.key, position, State.DRAWN, time.time()),
-        )
-        self._next += 1
-        return ticket
+        return self._insert(task, position, State.DRAWN)
+
+    def pass_over(self, task: Task, position: int, reason: str) -> None:
+        """A curriculum left it out: it takes a ticket, but no group has it."""
+        self._insert(task, position, State.PASSED, reason)
+
+    def score(self, name: str, solved: float | None) -> None:
+        """Its group earned so much on average; None if no rollout counts."""
+        self._db.execute("UPDATE tasks SET solved = ? WHERE group_id = ?", (solved, name))
 
     def ready(self, name: str) -> None:
         """Its group waits in the queue."""
@@ -198,6 +205,11 @@ class Ledger:
         """Tickets above `ticket` whose groups have been trained: those that overtook it."""
         return [row[0] for row in self._db.execute("SELECT ticket FROM tasks WHERE ticket > ? AND state = 'trained'", (ticket,))]
 
+    def scores(self, env: str) -> list[tuple[str, str, float]]:
+        """(difficulty, task key, solved) of the groups that came back, in the order in which they were drawn."""
+        rows = "SELECT difficulty, task_key, solved FROM tasks WHERE env = ? AND solved IS NOT NULL ORDER BY ticket"
+        return [(d, k, s) for d, k, s in self._db.execute(rows, (env,))]
+
     def counts(self) -> dict[str, dict[str, int]]:
         """{env: {"position": where its stream goes on, and each state: how many}}."""
         counts: dict[str, dict[str, int]] = {}
@@ -210,6 +222,16 @@ class Ledger:
 
     def close(self) -> None:
         self._db.close()
+
+    def _insert(self, task: Task, position: int, state: State, reason: str = "") -> int:
+        ticket, now = self._next, time.time()
+        self._db.execute(
+            "INSERT INTO tasks (ticket, group_id, env, task_key, position, state, reason, drawn_at, difficulty)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (ticket, group_id(ticket), task.env, task.key, position, state, reason, now, task.difficulty),
+        )
+        self._next += 1
+        return ticket
 
     def _move(self, names: Sequence[str], wanted: State, state: State, reason: str = "", version: int | None = None) -> None:
         ended = None if state is State.READY else time.time()
@@ -262,7 +284,8 @@ def read_balance(path: Path) -> list[Balance]:
         balances.append(
             Balance(
                 env=env, drawn=positions[env], open=count[State.DRAWN] + count[State.READY], trained=count[State.TRAINED],
-                filtered=count[State.FILTERED], abandoned=count[State.ABANDONED], restarted=sum(row[3] for row in mine), reasons=reasons,
+                filtered=count[State.FILTERED], abandoned=count[State.ABANDONED], passed=count[State.PASSED],
+                restarted=sum(row[3] for row in mine), reasons=reasons,
             )
         )  # fmt: skip
     return balances

@@ -141,7 +141,7 @@ async def train(
                 running.create_task(roll_out(ticket, task))
             while True:
                 await slots.acquire()
-                task, position = mixer.draw(among=await breaker.usable())
+                task, position = mixer.draw(await breaker.usable(), ledger.pass_over)
                 breaker.drawn(task.env)
                 ticket = ledger.draw(task, position)
                 await queue.start(ticket)
@@ -156,6 +156,8 @@ async def train(
         metrics.finished(result)
         if result.history:
             ledger.restart(name, result.history, times=result.attempts - 1)
+        ledger.score(name, result.success)
+        mixer.scored(task, result)
         breaker.finished(task.env, broken=broken(result))
         if reason := unusable(result):
             ledger.filter(name, reason)

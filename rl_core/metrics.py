@@ -39,6 +39,8 @@ class StepMetrics:
             figures[f"env/{env}/groups_trained"] = stream.trained
             figures[f"env/{env}/groups_filtered"] = stream.filtered
             figures[f"env/{env}/share"] = mixer.trained_share(env)
+            if stream.curriculum is not None:
+                figures |= {f"env/{env}/{name}": value for name, value in stream.curriculum.figures().items()}
         if self._receipts:
             figures["sync/pause_ms"] = 1e3 * max(r.pause_s for r, _ in self._receipts)
             figures["sync/bytes"] = float(max(r.num_bytes for r, _ in self._receipts))

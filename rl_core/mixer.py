@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from rl_core.curriculum import Curriculum
+from rl_core.seams import GroupResult
 from rl_core.types import Task
 
 Source = Callable[[int], Iterator[Task]]
 """An environment's tasks from a position on, without end, the same whenever it is asked."""
+
+PassOver = Callable[[Task, int, str], object]
 
 MIN_YIELD = 0.25
 """An environment is sampled at most 1 / MIN_YIELD times its share. One that is solved, or hopeless, would otherwise take all
@@ -29,6 +33,7 @@ class Stream:
 
     tasks: Iterator[Task]
     share: float  # normalised over the mixture
+    curriculum: Curriculum | None = None  # None: every task is drawn
     position: int = 0  # of the next task in the environment's source
     running: int = 0
     trained: int = 0
@@ -48,12 +53,17 @@ class Stream:
 class Mixer:
     """Feedback over the environments' shares."""
 
-    def __init__(self, sources: Mapping[str, Source], shares: Mapping[str, float]) -> None:
+    def __init__(
+        self, sources: Mapping[str, Source], shares: Mapping[str, float], curricula: Mapping[str, Curriculum] | None = None
+    ) -> None:
         if set(sources) != set(shares) or not sources:
             raise ValueError(f"task sources {sorted(sources)} and shares {sorted(shares)} must name the same environments, at least one")
         total = sum(shares.values())
         self._sources = dict(sources)
-        self.streams = {name: Stream(tasks=sources[name](0), share=shares[name] / total) for name in sources}
+        curricula = curricula or {}
+        self.streams = {
+            name: Stream(tasks=sources[name](0), share=shares[name] / total, curriculum=curricula.get(name)) for name in sources
+        }
 
     def resume(self, env: str, *, position: int, running: int, trained: int, filtered: int) -> None:
         """Go on where an earlier process of the same run stopped."""
@@ -67,15 +77,28 @@ class Mixer:
         """A task that was drawn before."""
         return replace(next(self._sources[env](position)), env=env)
 
-    def draw(self, among: Collection[str] | None = None) -> tuple[Task, int]:
-        """The next task, under the environment's name in this run, and its position there. `among`: only these environments."""
+    def draw(self, among: Collection[str] | None = None, pass_over: PassOver = lambda task, position, reason: None) -> tuple[Task, int]:
+        """The next task, under the environment's name in this run, and its position there. `among`: only these environments.
+
+        `pass_over` is told of each task before it that a curriculum leaves out, and why.
+        """
         total = sum(s.expected for s in self.streams.values())
         names = [n for n in self.streams if among is None or n in among]
         name = max(names, key=lambda n: self.streams[n].share * (total + 1) - self.streams[n].expected)
         stream = self.streams[name]
         stream.running += 1
-        stream.position += 1
-        return replace(next(stream.tasks), env=name), stream.position - 1
+        while True:
+            task, position = replace(next(stream.tasks), env=name), stream.position
+            stream.position += 1
+            if stream.curriculum is None or stream.curriculum.admits(task, position):
+                return task, position
+            pass_over(task, position, stream.curriculum.reason(task))
+
+    def scored(self, task: Task, result: GroupResult) -> None:
+        """A group of `task` came back: a curriculum learns from it."""
+        curriculum = self.streams[task.env].curriculum
+        if curriculum is not None and result.success is not None:
+            curriculum.scored(task.difficulty, task.key, result.success)
 
     def trained(self, env: str) -> None:
         """A group of `env` was trained."""

@@ -77,6 +77,9 @@ def recover(
             mixer.resume(
                 env, position=counts["position"], running=running.count(env), trained=counts[State.TRAINED], filtered=counts[State.FILTERED]
             )  # fmt: skip
+    for env, stream in mixer.streams.items():
+        if stream.curriculum is not None:
+            stream.curriculum.restore(ledger.scores(env))
     oldest = min(cut_off, default=None)
     overtakers = () if oldest is None else tuple(ledger.trained_after(oldest))
     return Unfinished(ready=ready, cut_off=cut_off, overtakers=overtakers, reusable=tuple(again))

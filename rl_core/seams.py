@@ -91,6 +91,11 @@ class GroupResult:
     history: str = ""
     """Why there was more than one attempt, and what became of the earlier ones' rollouts."""
 
+    @property
+    def success(self) -> float | None:
+        """Mean reward of the rollouts that count; None if there is none."""
+        return sum(self.rewards) / len(self.rewards) if self.rewards else None
+
     @staticmethod
     def of(group: Group, seconds: float, ref: Ref = None) -> GroupResult:
         """What is to be known of `group`; whoever owns its reference fills that in."""

@@ -38,6 +38,7 @@ SPEC = EpisodeSpec(group_size=1, sampling=SamplingParams(max_tokens=4096), max_t
 EPISODES = {"code": 24}  # per repetition; each of these starts a sandbox
 OPTIONS: dict[str, dict[str, Any]] = {"long_context": {"tokenizer": str(SEED_MODEL)}, "tools": {"oracle_working": 1.0}}
 REPETITIONS, CONCURRENT, MANY, WAVES = 3, 32, 1000, 3
+CLASSES = {env: resolve(env) for env in BUILT_INS}
 names = count()
 
 
@@ -75,7 +76,7 @@ def start_host() -> Any:
 
 def prompt_ms() -> list[float]:
     options = {"min_tokens": 32_768, "max_tokens": 32_768, "tokenizer": str(SEED_MODEL)}
-    env = resolve("long_context")(**options)
+    env = CLASSES["long_context"](**options)
     found = []
     for task in islice(env.tasks("train", 1, options), 12):
         began = time.perf_counter()
@@ -86,7 +87,7 @@ def prompt_ms() -> list[float]:
 
 async def overhead_ms(host: Any, *, callers: int, steps: int = 512) -> float:
     """Of one step: what its caller waited, less what the verdict says that the environment took; with many callers, per call."""
-    tasks = list(islice(resolve("math").tasks("train", 2), steps))
+    tasks = list(islice(CLASSES["math"].tasks("train", 2), steps))
     sessions = [session(host, "math", task) for task in tasks]
     for one in sessions:
         await one.reset()
@@ -116,7 +117,7 @@ async def episodes(host: Any, env: str, chat: ChatML, number: int) -> list[Rollo
         async with room:
             return await episode(host, task, chat)
 
-    tasks = islice(resolve(env).tasks("train", 3, OPTIONS.get(env, {})), number)
+    tasks = islice(CLASSES[env].tasks("train", 3, OPTIONS.get(env, {})), number)
     rollouts = await asyncio.gather(*(one(task) for task in tasks))
     assert all(r.verdict.reward == 1.0 for r in rollouts), next(r.verdict for r in rollouts if r.verdict.reward != 1.0)
     return rollouts
@@ -127,7 +128,7 @@ def session(host: Any, env: str, task: Task) -> RemoteSession:
 
 
 async def episode(host: Any, task: Task, chat: ChatML, think_s: Callable[[], float] | None = None) -> Rollout:
-    oracle = resolve(task.env)(**OPTIONS.get(task.env, {}))
+    oracle = CLASSES[task.env](**OPTIONS.get(task.env, {}))
     policy = OracleEpisode(session(host, task.env, task), oracle, task, chat, think_s=think_s)
     return await run_episode(task, SPEC, policy, policy, chat, "bench")
 
@@ -138,7 +139,7 @@ async def crowd(chat: ChatML) -> dict[str, list[float]]:
     await episodes(host, "tools", chat, CONCURRENT)
     empty = await host.status.remote()
     figures: dict[str, list[float]] = {"resident_mib_empty": [empty["resident_bytes"] / mib]}
-    tasks = list(islice(resolve("tools").tasks("train", 4, OPTIONS["tools"]), MANY))
+    tasks = list(islice(CLASSES["tools"].tasks("train", 4, OPTIONS["tools"]), MANY))
     sizes, threads = [], []
     for wave in range(WAVES):
         running = [asyncio.create_task(episode(host, task, chat, think_s=lambda: rng.uniform(1.0, 4.0))) for task in tasks]
