@@ -243,7 +243,10 @@ class Run:
         async def keep(result: GroupResult) -> None:
             await self.keep(result, label)
 
-        results = await evaluate(pool, tasks=sources, specs=self.specs, count=count, seed=self.config.eval.seed, label=prefix, record=keep)
+        cfg = self.config.eval
+        results = await evaluate(
+            pool, tasks=sources, specs=self.specs, count=count, seed=cfg.seed, label=prefix, samples=cfg.samples, record=keep
+        )
         scores = {name: result.to_json() for name, result in results.items()}
         self.out.emit(Event(kind="eval", data={"version": version, "label": label, "environments": scores}))
         return results

@@ -22,11 +22,24 @@ class Score:
     mean_reward: float
     n: int
     ci95: tuple[float, float]
+    pass_at: Mapping[str, float] = field(default_factory=dict)
+    """k -> pass@k."""
+    by_difficulty: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # {"pass_rate", "n"}
+    by_length: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @staticmethod
     def of(version: int, data: Mapping[str, Any]) -> Score:
         low, high = data["ci95"]
-        return Score(version=version, pass_rate=data["pass_rate"], mean_reward=data["mean_reward"], n=data["n"], ci95=(low, high))
+        return Score(
+            version=version,
+            pass_rate=data["pass_rate"],
+            mean_reward=data["mean_reward"],
+            n=data["n"],
+            ci95=(low, high),
+            pass_at=data.get("pass_at", {}),
+            by_difficulty=data.get("by_difficulty", {}),
+            by_length=data.get("by_length", {}),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -35,6 +48,9 @@ class Score:
             "mean_reward": self.mean_reward,
             "n": self.n,
             "ci95": list(self.ci95),
+            "pass_at": dict(self.pass_at),
+            "by_difficulty": dict(self.by_difficulty),
+            "by_length": dict(self.by_length),
         }
 
     def __str__(self) -> str:

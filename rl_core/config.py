@@ -177,6 +177,8 @@ class EvalConfig:
 
     tasks: int = 128
     """Held-out tasks per environment."""
+    samples: int = 1
+    """Rollouts per held-out task; with more than one, pass@k is estimated as well."""
     every: int = 0
     """Also evaluate every this many steps, beside training; 0 is never."""
     every_tasks: int = 32
@@ -318,6 +320,7 @@ def validate(config: RunConfig) -> None:
     _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
     _one_of("sandbox", c.sandbox, ("auto", "docker", "bubblewrap"))
     _at_least("eval.tasks", c.eval.tasks, 0)
+    _at_least("eval.samples", c.eval.samples, 1)
     _at_least("eval.every", c.eval.every, 0)
     _at_least("eval.every_tasks", c.eval.every_tasks, 1)
     _at_least("audit.honeypots", c.audit.honeypots, 0, "0.05 is one group in twenty")

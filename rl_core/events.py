@@ -14,7 +14,7 @@ from typing import Any, Protocol
 KINDS = (
     "run_started",  # data: run, config path, steps, environments
     "phase",  # data: name ("starting engines", "evaluating before", "training", "evaluating after", ...), detail
-    "eval",  # data: version, label ("before"|"during"|"after"), environments: {id: {pass_rate, mean_reward, n, ci95: [low, high]}}
+    "eval",  # data: version, label ("before"|"during"|"after"), environments: {id: EvalResult.to_json()}
     "step",  # data: version, metrics: {name: float}
     "note",  # data: text; something a person should see once (a restart, a breaker, a warning)
     "run_finished",  # data: outcome ("finished"|"stopped"|"failed"), reason, seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
@@ -11,6 +12,8 @@ from infra.errors import UsageError
 from infra.run_state import RunState, fold
 from infra.view import clock, number, short, sparkline, totals
 from rl_core.run_store import RunStore, StoredRun, list_runs
+
+Buckets = Mapping[str, Mapping[str, float]]
 
 
 def register(app: typer.Typer) -> None:
@@ -52,6 +55,7 @@ def show(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json =
         typer.echo(f"  {state.reason}")
     typer.echo(f"  {totals(state)}\n")
     _print_table(state)
+    _print_buckets(state)
     typer.echo(f"\n{_rollout_counts(stored)}\n{stored.run_dir}")
 
 
@@ -108,6 +112,30 @@ def _print_table(state: RunState) -> None:
             f" {number(figures['staleness']['mean'], '.2f') + '/' + number(staleness, '.0f'):>9}"
             f" {number(figures['mtp_acceptance'], '.0%'):>8} {number(figures['tokens_per_engine_step'], '.2f'):>9}"
         )
+
+
+def _print_buckets(state: RunState) -> None:
+    """Held-out pass@k, and pass rates by difficulty and by tokens read, before -> after; n rollouts of the last."""
+    for env in state.environments.values():
+        first, last = env.before, env.after or (env.during[-1] if env.during else None) or env.before
+        if first is None or last is None:
+            continue
+        rows = [
+            breakdown(before, after) for before, after in ((first.by_difficulty, last.by_difficulty), (first.by_length, last.by_length))
+        ]
+        if len(last.pass_at) > 1:
+            rows.insert(0, "  ".join(f"pass@{k} {number(first.pass_at.get(k), '.0%')} -> {p:.0%}" for k, p in last.pass_at.items()))
+        rows = [row for row in rows if row]
+        for i, row in enumerate(rows):
+            typer.echo(f"{'' if i else env.name:<14} {row}")
+
+
+def breakdown(before: Buckets, after: Buckets) -> str:
+    """ "add 20% -> 60% (40)  mul ..."; "" for one bucket, which would repeat the whole."""
+    if len(after) < 2:
+        return ""
+    old = {name: bucket["pass_rate"] for name, bucket in before.items()}
+    return "  ".join(f"{name} {number(old.get(name), '.0%')} -> {b['pass_rate']:.0%} ({b['n']:.0f})" for name, b in after.items())
 
 
 def _rollout_counts(stored: StoredRun) -> str:

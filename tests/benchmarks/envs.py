@@ -25,7 +25,7 @@ from typing import Any
 import ray
 
 from environments.host_actor import HostActor
-from environments.registry import BUILT_INS, resolve
+from environments.registry import resolve
 from environments.scripted import OracleEpisode
 from infra.ray_cluster import start_local
 from rl_core.chat import ChatML
@@ -38,7 +38,7 @@ SPEC = EpisodeSpec(group_size=1, sampling=SamplingParams(max_tokens=4096), max_t
 EPISODES = {"code": 24}  # per repetition; each of these starts a sandbox
 OPTIONS: dict[str, dict[str, Any]] = {"long_context": {"tokenizer": str(SEED_MODEL)}, "tools": {"oracle_working": 1.0}}
 REPETITIONS, CONCURRENT, MANY, WAVES = 3, 32, 1000, 3
-CLASSES = {env: resolve(env) for env in BUILT_INS}
+CLASSES = {env: resolve(env) for env in ("math", "code", "tools", "long_context", "instructions", "structured")}
 names = count()
 
 
@@ -57,7 +57,7 @@ async def measure() -> dict[str, list[float]]:
     await episodes(host, "math", chat, 64)  # warm
     figures["host_overhead_ms"] = [await overhead_ms(host, callers=1) for _ in range(REPETITIONS)]
     figures["host_overhead_ms_64_callers"] = [await overhead_ms(host, callers=64) for _ in range(REPETITIONS)]
-    for env in BUILT_INS:
+    for env in CLASSES:
         figures[f"episodes_per_s_{env}"] = []
         await episodes(host, env, chat, 8)
         for _ in range(REPETITIONS):

@@ -13,9 +13,11 @@ import pytest
 from environments.sandbox import SandboxUnavailable
 from infra import bench, preflight
 from infra.cli.main import main
+from rl_core.events import Event
 from rl_core.ledger import Ledger
+from rl_core.run_store import RunStore
 from rl_core.types import Task
-from tests.unit.stored_runs import store_run
+from tests.unit.stored_runs import score, store_run
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -143,6 +145,25 @@ def test_show_prints_json_with_scores_before_and_after(polyrl: Call, tmp_path: P
     before, after = shown["environments"]["math"]["before"], shown["environments"]["math"]["after"]
     assert (before["pass_rate"], before["n"], before["ci95"]) == (0.3, 128, [0.22, 0.38])
     assert (after["pass_rate"], after["n"], after["ci95"]) == (0.8, 128, [0.72, 0.88])
+
+
+def test_show_breaks_the_held_out_scores_down(polyrl: Call, tmp_path: Path) -> None:
+    run = store_run(tmp_path / "one")
+    store = RunStore(run)
+    for label, add in (("before", 0.2), ("after", 0.9)):
+        buckets = {"add": {"pass_rate": add, "n": 64}, "mul": {"pass_rate": 0.1, "n": 64}}
+        math = {
+            **score(0.5),
+            "pass_at": {"1": 0.5, "2": add},
+            "by_difficulty": buckets,
+            "by_length": {"<=128": {"pass_rate": 0.5, "n": 128}},
+        }
+        store.emit(Event(kind="eval", data={"version": 4, "label": label, "environments": {"math": math}}))
+    store.close()
+    out = polyrl("show", "--runs-dir", str(tmp_path))[1]
+    assert "pass@1 50% -> 50%  pass@2 20% -> 90%" in out
+    assert "add 20% -> 90% (64)  mul 10% -> 10% (64)" in out
+    assert "<=128" not in out  # one bucket says nothing new
 
 
 def test_a_killed_run_can_be_shown_and_drawn(polyrl: Call, tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+from statistics import fmean
 
 import pytest
 
-from rl_core.evaluation import evaluate, score, wilson
+from infra.run_state import Score
+from rl_core.evaluation import evaluate, pass_at, score, wilson
 from rl_core.seams import GroupResult
 from rl_core.types import EpisodeSpec, Task
 from tests.unit.fakes import SPEC, FakeWorkers, group_result, simulate, tasks
@@ -25,6 +28,33 @@ def test_failures_of_ours_are_not_counted_as_zero() -> None:
     broken = group_result(rewards=(), statuses=("infra_error",), num_trainable=0)
     result = score([good, broken, group_result(rewards=(0.5,), statuses=("ok",))])
     assert (result.n, result.masked, result.pass_rate, result.mean_reward) == (2, 1, 0.5, 0.75)
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_success() -> None:
+    counts = [(8, 0), (8, 1), (8, 5), (8, 8)]
+
+    def by_counting(n: int, c: int, k: int) -> float:
+        subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        return sum(map(any, subsets)) / len(subsets)
+
+    assert pass_at(counts) == pytest.approx({k: fmean(by_counting(n, c, k) for n, c in counts) for k in (1, 2, 4, 8)})
+    assert list(pass_at([(8, 1), (3, 1)])) == [1, 2]  # a rollout was lost: no task is asked for more than it has
+    assert pass_at([]) == {}
+
+
+def test_scores_are_broken_down_by_difficulty_and_by_length() -> None:
+    def group(key: str, rewards: tuple[float, ...], tokens: int) -> GroupResult:
+        return group_result(task_key=key, rewards=rewards, statuses=("ok",) * len(rewards), prompt_tokens=tokens * len(rewards))
+
+    rows = [group("a", (1.0, 0.0), 100), group("b", (1.0, 1.0), 1024), group("c", (0.0, 0.0), 1025)]
+    result = score(rows, {"a": "add", "b": "mul", "c": "mul"})
+    assert {k: (b.pass_rate, b.n) for k, b in result.by_difficulty.items()} == {"add": (0.5, 2), "mul": (0.5, 4)}
+    assert {k: (b.pass_rate, b.n) for k, b in result.by_length.items()} == {"<=128": (0.5, 2), "<=1024": (1.0, 2), "<=2048": (0.0, 2)}
+    assert list(result.by_length) == ["<=128", "<=1024", "<=2048"]
+    assert result.pass_rate == 0.5
+    assert result.pass_at == {1: 0.5, 2: pytest.approx(2 / 3)}
+    assert result.ci95 == wilson(1.5, 3)  # three tasks, not six independent tries
+    assert Score.of(3, result.to_json()).to_json()["by_length"]["<=1024"] == {"pass_rate": 1.0, "n": 2}
 
 
 def test_every_task_is_rolled_out_once_with_its_own_fixed_seed() -> None:

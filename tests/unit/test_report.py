@@ -41,7 +41,9 @@ def test_the_state_of_a_run_is_the_sum_of_its_events() -> None:
     assert math.gain == pytest.approx(0.5)
     assert [v for v, _ in code.series["reward"]] == [1, 3, 4], "a step without groups of an environment leaves no point"
     figures = state.to_json()
-    assert figures["environments"]["math"]["before"] == {"version": 0, "pass_rate": 0.3, "mean_reward": 0.3, "n": 128, "ci95": [0.22, 0.38]}
+    assert figures["environments"]["math"]["before"] == {
+        "version": 0, "pass_rate": 0.3, "mean_reward": 0.3, "n": 128, "ci95": [0.22, 0.38], "pass_at": {}, "by_difficulty": {}, "by_length": {},
+    }  # fmt: skip
     assert figures["environments"]["math"]["after"]["pass_rate"] == 0.8
     assert figures["staleness"] == {"bound": 1, "max": 1.0}
     assert figures["logprob_agreement_nats"]["mean"] == pytest.approx(5e-6)
