@@ -42,7 +42,8 @@ def test_the_state_of_a_run_is_the_sum_of_its_events() -> None:
     assert [v for v, _ in code.series["reward"]] == [1, 3, 4], "a step without groups of an environment leaves no point"
     figures = state.to_json()
     assert figures["environments"]["math"]["before"] == {
-        "version": 0, "pass_rate": 0.3, "mean_reward": 0.3, "n": 128, "ci95": [0.22, 0.38], "pass_at": {}, "by_difficulty": {}, "by_length": {},
+        "version": 0, "pass_rate": 0.3, "mean_reward": 0.3, "n": 128, "ci95": [0.22, 0.38], "pass_at": {},
+        "by_difficulty": {}, "by_length": {},
     }  # fmt: skip
     assert figures["environments"]["math"]["after"]["pass_rate"] == 0.8
     assert figures["staleness"] == {"bound": 1, "max": 1.0}
