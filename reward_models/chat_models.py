@@ -29,7 +29,8 @@ class ChatFailed(RuntimeError):
 class ChatModel(Protocol):
     """Answers a conversation with a text."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     async def complete(self, messages: Sequence[Message], *, max_tokens: int, temperature: float) -> str:
         """Raises ChatFailed, and nothing else for what happens on the other side."""

@@ -49,8 +49,10 @@ Scores = Sequence[float | Failure]
 class Component(Protocol):
     """One learned score for each answer of a group, in [0, 1]."""
 
-    version: str
-    """Which model, by what rules: goes into the verdict."""
+    @property
+    def version(self) -> str:
+        """Which model, by what rules: goes into the verdict."""
+        ...
 
     async def score(self, answers: Sequence[Answer]) -> Scores:
         """In the order of `answers`, none of which is empty. Bounded in time; raises nothing for what a model or an endpoint does."""

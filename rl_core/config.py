@@ -44,6 +44,37 @@ class CurriculumConfig:
 
 
 @dataclass
+class RewardConfig:
+    """One component of an environment's reward beside its own verdict. The key in `rewards` is the component's name."""
+
+    kind: str = ""
+    """classifier (a reward model), judge (grades answers), pairwise (compares them, GenRM), length (group-relative length control),
+    or verified (the environment's own verdict, to give it another role or weight)."""
+    role: str = "weight"
+    """weight (adds weight x score), gate (multiplies the sum by the score), metric (is only stored)."""
+    weight: float = 1.0
+    """Weight in the sum; of length control, its coefficient for thoughts and for answers."""
+    bonus: float = 0.0
+    """length: what the shortest of the best answers of a group gets on top."""
+    model: str = ""
+    """Checkpoint folder of a reward model, or of a judge on an engine of ours; with `url`, the model's name there."""
+    url: str = ""
+    """judge, pairwise: base URL of an OpenAI-compatible endpoint, such as http://host:8000/v1; "" is an engine of ours."""
+    api_key_env: str = ""
+    """Name of the environment variable that holds the endpoint's key."""
+    timeout_s: float = 60.0
+    """Wall time of one call, after which it is tried again."""
+    retries: int = 2
+    """judge, pairwise: further attempts when a reply is no verdict. Then the rollout is masked, never scored 0."""
+    opponents: int = 1
+    """pairwise: answers that each one is compared with to its right in a ring; costs 2 calls each."""
+    criteria: str = ""
+    """judge, pairwise: what a good answer is, in words."""
+    calibration: str = ""
+    """judge, pairwise: JSONL file of pairs with a known better answer (question, good, bad); "" takes a few built-in ones."""
+
+
+@dataclass
 class EnvironmentConfig:
     """One environment of the mixture. The key in `environments` is its id, unless `id` says otherwise."""
 
@@ -70,6 +101,8 @@ class EnvironmentConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Passed to the environment's task source and constructor: difficulty knobs."""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    """Learned components of the reward, by name; none: the environment's verdict alone."""
 
 
 @dataclass
@@ -278,6 +311,13 @@ def check_keys(tree: dict[Any, Any], cls: type, prefix: str, source: str) -> Non
                 if not isinstance(child, dict):
                     raise ConfigError(f"{source}: environments.{name} is {child!r}, wanted a mapping such as {{share: 1.0}}")
                 check_keys(child, EnvironmentConfig, f"environments.{name}.", source)
+        elif isinstance(value, dict) and cls is EnvironmentConfig and key == "rewards":
+            for name, child in value.items():
+                if not isinstance(child, dict):
+                    raise ConfigError(
+                        f"{source}: {prefix}rewards.{name} is {child!r}, wanted a mapping such as {{kind: judge, model: ...}}"
+                    )
+                check_keys(child, RewardConfig, f"{prefix}rewards.{name}.", source)
 
 
 def validate(config: RunConfig) -> None:
@@ -349,11 +389,33 @@ def validate(config: RunConfig) -> None:
                 f"{at}max_total_tokens is {env.max_total_tokens}, more than rollout.max_model_len={rollout.max_model_len}; "
                 f"raise the latter or lower the former"
             )
+        for reward_name, reward in env.rewards.items():
+            _check_reward(f"{at}rewards.{reward_name}.", reward)
     if not Path(c.model.path, "config.json").is_file():
         raise ConfigError(
             f"model.path: no checkpoint in {c.model.path!r} (config.json is missing); give the folder of a Hugging Face checkpoint, "
             f"or make the small one with `polyrl model seed`"
         )
+
+
+REWARD_KINDS = ("classifier", "judge", "pairwise", "length", "verified")
+
+
+def _check_reward(at: str, reward: RewardConfig) -> None:
+    """Raise ConfigError for the first value of one reward component that is out of range."""
+    _one_of(at + "kind", reward.kind, REWARD_KINDS)
+    _one_of(at + "role", reward.role, ("weight", "gate", "metric"))
+    _at_least(at + "retries", reward.retries, 0)
+    _at_least(at + "opponents", reward.opponents, 1)
+    _above(at + "timeout_s", reward.timeout_s, 0)
+    if reward.kind in ("classifier", "judge", "pairwise") and not reward.model:
+        raise ConfigError(
+            f"{at}model is empty, wanted a checkpoint folder" + ("" if reward.kind == "classifier" else " or, with url, a name")
+        )
+    if reward.kind in REWARD_KINDS[:3] and not reward.url and not Path(reward.model, "config.json").is_file():
+        raise ConfigError(f"{at}model: no checkpoint in {reward.model!r} (config.json is missing); for an endpoint give its url, too")
+    if reward.kind == "length" and reward.role != "weight":
+        raise ConfigError(f"{at}role is {reward.role!r}: length control is added to the reward; leave out the role, or set weight=0")
 
 
 def _at_least(key: str, value: float, low: float, hint: str = "") -> None:
@@ -382,6 +444,8 @@ def reference(cls: type = RunConfig, prefix: str = "") -> list[tuple[str, str, s
             rows += reference(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
         elif f.name == "environments":
             rows += reference(EnvironmentConfig, f"{prefix}environments.<name>.")
+        elif f.name == "rewards":
+            rows += reference(RewardConfig, f"{prefix}rewards.<name>.")
         else:
             default = f.default if f.default is not NO_DEFAULT else f.default_factory()  # type: ignore[misc, operator]
             rows.append((f"{prefix}{f.name}", getattr(hints[f.name], "__name__", str(hints[f.name])), repr(default)))

@@ -28,6 +28,7 @@ from rl_core.seams import GroupResult, Ref
 from rl_core.types import EpisodeSpec, Receipt, Task
 from rollout_workers.engine import EngineError
 from rollout_workers.hosts import start_hosts
+from rollout_workers.rewards import RewardActors
 from rollout_workers.worker import Job, RolloutWorker
 
 T = TypeVar("T")
@@ -76,6 +77,7 @@ class Pool:
         """What an earlier life of the run left of its groups; taken out as they are taken up."""
         self._reading: dict[Any, asyncio.Future[dict[str, Drafts]]] = {}  # by dead worker
         self._reviving: set[asyncio.Future[None]] = set()
+        self._rewards = RewardActors()
         self._places = [Place(name=f"w{i}") for i in range(config.rollout.num_workers)]
 
     @staticmethod
@@ -88,6 +90,7 @@ class Pool:
         try:
             pool._hosts = start_hosts(config)
             pool._drafts = await pool._left(unfinished)
+            pool._rewards = await RewardActors.start(config)
             await asyncio.gather(*(pool._start_worker(place) for place in pool._places))
         except BaseException:
             await pool.aclose()
@@ -160,6 +163,7 @@ class Pool:
         for place in self._places:
             place.actor = None
         self._hosts = []
+        self._rewards.close()
 
     async def _start_worker(self, place: Place) -> Any:
         """A warm worker in `place`, under the newest weights; returns the receipt if there were any to load."""
@@ -183,6 +187,7 @@ class Pool:
             seed=seed,
             hosts=self._hosts,
             run_dir=self._run_dir.absolute() if self._run_dir is not None else None,
+            rewards=(config.environments, self._rewards),
         )
         await bounded(place.actor.start.remote(), START_TIMEOUT_S, f"worker {place.name} did not start within {START_TIMEOUT_S:.0f} s")
         if self.latest is None:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reward_models.learned import reward_group
 from rl_core.chat import chat_format
-from rl_core.config import RolloutConfig
+from rl_core.config import EnvironmentConfig, RolloutConfig
 from rl_core.drafts import Draft, DraftFile, Drafts
 from rl_core.faults import Retries
 from rl_core.seams import GroupResult
@@ -26,6 +27,7 @@ from rollout_workers.continuing import SNAPSHOT_S, Continuing, Diverged
 from rollout_workers.engine import Engine, EngineError
 from rollout_workers.episode import run_episode
 from rollout_workers.hosts import Hosts
+from rollout_workers.rewards import RewardActors, recipes
 
 EPISODES_PER_SEQUENCE = 1.5
 """Episodes under way for each sequence that the engine decodes at a time: some are always waiting for an environment."""
@@ -51,7 +53,7 @@ class RolloutWorker:
 
     def __init__(
         self, name: str, *, life: str, model_path: str, dtype: str, rollout: RolloutConfig, seed: int, hosts: Sequence[Any],
-        run_dir: Path | None,
+        run_dir: Path | None, rewards: tuple[Mapping[str, EnvironmentConfig], RewardActors] | None = None,
     ) -> None:  # fmt: skip
         """`life` names this worker until it dies: sessions on hosts carry it. Without a run folder, no log and no drafts are kept."""
         if run_dir is not None:
@@ -64,6 +66,7 @@ class RolloutWorker:
         self._hosts = Hosts(hosts, owner=life)
         self._room = asyncio.Semaphore(max(1, int(rollout.max_num_seqs * EPISODES_PER_SEQUENCE)))
         self._caps: dict[str, asyncio.Semaphore] = {}
+        self._recipes = recipes(*rewards, lambda text: len(self._chat.encode(text))) if rewards else {}
         self._engine: Engine | None = None
 
     async def start(self) -> None:
@@ -83,6 +86,8 @@ class RolloutWorker:
         except* EngineError as several:
             raise several.exceptions[0] from None  # one cause, of a class that the pool knows
         group = Group(id=job.group_id, task=job.task, rollouts=tuple(r.result() for r in running))
+        if job.task.env in self._recipes:
+            group = await reward_group(group, self._recipes[job.task.env])
         kept = sum(draft.end is not None for draft in job.drafts.values())
         return group, replace(GroupResult.of(group, loop.time() - began), kept=kept, continued=len(continued))
 

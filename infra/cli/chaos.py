@@ -32,9 +32,7 @@ def chaos(
     kills: Annotated[int, typer.Option(min=1, help="Processes to kill.")] = 12,
     pause: Annotated[float, typer.Option(min=1.0, help="Mean seconds between kills, counted from the first step of each life.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Which processes, and when.")] = 0,
-    baseline: Annotated[
-        str, typer.Option(help="Undisturbed run to compare with; 'run' makes one first, 'none' is none.")
-    ] = "run",
+    baseline: Annotated[str, typer.Option(help="Undisturbed run to compare with; 'run' makes one first, 'none' is none.")] = "run",
     engine: Annotated[
         Path | None, typer.Option(help="Folder of a Docker engine of ours: it is the run's sandbox, and is killed like the rest.")
     ] = None,
@@ -67,9 +65,7 @@ def chaos(
     compared: list[Comparison] = compare(stored, undisturbed) if undisturbed is not None else []
     if undisturbed is not None and {c.env for c in compared} != set(checked.environments):
         problems.append("not every environment has a final held-out score in both runs")
-    problems += [
-        f"{c.env}: its held-out score is not within noise of the undisturbed run's" for c in compared if not c.within_noise
-    ]
+    problems += [f"{c.env}: its held-out score is not within noise of the undisturbed run's" for c in compared if not c.within_noise]
     finish(stored)
     for row in compared:
         typer.echo(f"  {row}")

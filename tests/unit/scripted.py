@@ -31,6 +31,7 @@ from rl_core.mixer import Mixer
 from rl_core.run_store import RunStore, StoredRun
 from rl_core.seams import GroupResult, Observation, Ref, RolloutWorkers
 from rl_core.types import Agreement, Completion, EpisodeSpec, Receipt, SamplingParams, StepStats, Task, Turn, VersionSpan
+from rollout_workers.rewards import RewardActors
 from rollout_workers.worker import RolloutWorker
 from tests.unit.fakes import LocalQueue, probe
 
@@ -75,8 +76,16 @@ def cheating(trick: Callable[[Seat], Turn], *, first: float = 0.2, last: float =
 class ScriptedWorker(RolloutWorker):
     """The real worker, with a sampler that asks the policy."""
 
-    def __init__(self, config: RunConfig, policy: Policy, host: EnvHost) -> None:
-        super().__init__("w0", model_path=config.model.path, dtype="float32", rollout=config.rollout, seed=0, hosts=[LocalHost(host)])
+    def __init__(self, config: RunConfig, policy: Policy, host: EnvHost, rewards: RewardActors) -> None:
+        super().__init__(
+            "w0",
+            model_path=config.model.path,
+            dtype="float32",
+            rollout=config.rollout,
+            seed=0,
+            hosts=[LocalHost(host)],
+            rewards=(config.environments, rewards),
+        )
         self.sampler = ScriptedSampler(chat_format(config.model.path), policy, config)
 
     @property
@@ -218,14 +227,21 @@ def scripted_config(folder: Path, environments: Mapping[str, Mapping[str, Any]],
     return parse_config({**tree, **{k: {**tree.get(k, {}), **v} if isinstance(v, dict) else v for k, v in sections.items()}})
 
 
-def scripted_run(config: RunConfig, policy: Policy, *, most: int = 200, wrap: Wrap = lambda workers, config, keeper: workers) -> StoredRun:
+def scripted_run(
+    config: RunConfig,
+    policy: Policy,
+    *,
+    most: int = 200,
+    wrap: Wrap = lambda workers, config, keeper: workers,
+    rewards: RewardActors | None = None,
+) -> StoredRun:
     """Run to the end, or until `most` rollouts are stored. What raises is the run's outcome, as in `polyrl run`."""
     run_dir = Path(config.runs_dir) / f"{config.name}-{next(_NUMBERS)}"
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     store = RunStore(run_dir)
     try:
-        asyncio.run(_main(config, policy, store, run_dir, most, wrap))
+        asyncio.run(_main(config, policy, store, run_dir, most, wrap, rewards or RewardActors()))
     finally:
         store.close()
     return StoredRun(run_dir)
@@ -234,7 +250,7 @@ def scripted_run(config: RunConfig, policy: Policy, *, most: int = 200, wrap: Wr
 _NUMBERS = count()
 
 
-async def _main(config: RunConfig, policy: Policy, store: RunStore, run_dir: Path, most: int, wrap: Wrap) -> None:
+async def _main(config: RunConfig, policy: Policy, store: RunStore, run_dir: Path, most: int, wrap: Wrap, rewards: RewardActors) -> None:
     environments = config.environments
     store.emit(
         Event(
@@ -242,7 +258,7 @@ async def _main(config: RunConfig, policy: Policy, store: RunStore, run_dir: Pat
             data={"run": run_dir.name, "steps": config.loop.steps, "environments": {n: e.share for n, e in environments.items()}},
         )
     )
-    worker = ScriptedWorker(config, policy, EnvHost(config.sandbox))
+    worker = ScriptedWorker(config, policy, EnvHost(config.sandbox), rewards)
     keeper = Keeper(store, asyncio.Event(), most)
     plain = LocalWorkers(worker, config)
     specs = {name: episode_spec(env) for name, env in environments.items()}

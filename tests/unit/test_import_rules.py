@@ -27,12 +27,13 @@ MAY_IMPORT = {
 """What each package may import of ours. An environment may use the verifiers of `reward_models`, never the other way round."""
 
 HEAVY = {
-    "ray": ("infra/*", "learner/actor.py", "rollout_workers/pool.py", "rollout_workers/hosts.py"),
+    "ray": ("infra/*", "learner/actor.py", "rollout_workers/pool.py", "rollout_workers/hosts.py", "rollout_workers/rewards.py"),
     "vllm": ("rollout_workers/engine.py", "rollout_workers/vllm_plugin/*"),
     "deepspeed": ("learner/*",),
     "docker": ("environments/sandbox/docker.py", "infra/*"),
-    "torch": ("infra/*", "learner/*", "rollout_workers/*"),
-    "transformers": ("infra/*", "learner/*", "rollout_workers/*"),
+    # The classifier imports them when it loads a checkpoint, in the reward model's own actor; the package itself stays light.
+    "torch": ("infra/*", "learner/*", "rollout_workers/*", "reward_models/classifier.py"),
+    "transformers": ("infra/*", "learner/*", "rollout_workers/*", "reward_models/classifier.py"),
 }
 """The only files that may import a heavy library, at the top of the file or within a function."""
 
