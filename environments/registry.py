@@ -28,6 +28,10 @@ BUILT_INS = {
     "tools": "environments.tools:ToolsEnv",
     "instructions": "environments.instructions:InstructionsEnv",
     "structured": "environments.structured:StructuredEnv",
+    "gymnasium": "environments.bridges.gymnasium_in:GymnasiumEnv",
+    "reasoning_gym": "environments.bridges.reasoning_gym:ReasoningGymEnv",
+    "verifiers": "environments.bridges.verifiers:VerifiersEnv",
+    "nemo_gym": "environments.bridges.nemo_gym:NemoGymEnv",
 }
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,17 @@
+"""Other worlds' environments, used as they are: Gymnasium, reasoning-gym, verifiers, NeMo-Gym. One file each.
+
+Each imports its package only when an environment of that world is made, and says what to install when it is not there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def need(module: str, install: str) -> ModuleType:
+    """Import a package that only one bridge needs. Raises ValueError with what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"this environment needs the package {module!r}, which cannot be imported ({error}); {install}") from error
