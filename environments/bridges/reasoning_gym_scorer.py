@@ -33,7 +33,8 @@ EVALUATED = {
 }
 """Families whose scorer must evaluate the answer, and what an answer may be made of."""
 MAX_EVALUATED = 400  # characters
-MAX_POWER = 2  # digits of an exponent, which must stand there as a number
+POWER = r"\*\*\s*(?:\d{1,2}|\(\s*-?\s*\d{1,2}\s*\))(?!\s*\*\*|[\d.])"
+"""The exponents that may stand there: numbers of at most two digits, not towers of them."""
 MEMORY_BYTES = 3 << 30
 FILE_BYTES = 0
 
@@ -69,8 +70,7 @@ def fits(family: str, answer: str) -> bool:
         return False
     if re.search(r"\d[A-Za-z]|[A-Za-z]\d|\.[A-Za-z]|[A-Za-z]\.", answer):  # 1e999, 0x1, attributes
         return False
-    powers = re.findall(r"\*\*\s*(\(?-?\s*\d*)", answer)
-    return all(re.fullmatch(rf"\(?-?\s*\d{{1,{MAX_POWER}}}", power) for power in powers) and answer.count("**") == len(powers)
+    return len(re.findall(POWER, answer)) == answer.count("**")
 
 
 def answer_to(request: dict[str, Any], guard: Guard, datasets: dict[str, Any]) -> dict[str, Any]:
