@@ -19,7 +19,7 @@ from typing import Any
 from environments.base import TextEnv
 from environments.registry import resolve
 from environments.sandbox.base import SandboxUnavailable
-from rl_core.seams import Observation, Transition
+from rl_core.seams import BadTask, Observation, Transition
 from rl_core.types import Status, Task, Turn, Verdict
 
 MAX_EVIDENCE_CHARS = 500
@@ -38,6 +38,10 @@ class EnvironmentFailure(RuntimeError):
 
 class EnvironmentBug(EnvironmentFailure):
     """It could not, because of the environment's own code."""
+
+
+class TaskUnusable(EnvironmentFailure, BadTask):
+    """It could not, because its task cannot be graded."""
 
 
 @dataclass(slots=True)
@@ -64,7 +68,7 @@ class EnvHost:
         return len(self._sessions)
 
     def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
-        """Start an episode of `task`. Raises EnvironmentFailure when the environment cannot start it."""
+        """Start an episode of `task`. Raises EnvironmentFailure when the environment cannot start it, TaskUnusable when nothing could."""
         try:
             session = self._enter(session_id)
             with self._held(session):
@@ -75,7 +79,7 @@ class EnvHost:
                     raise
         except (Exception, SystemExit) as error:
             log.warning("environment %s could not open task %s", env_id, task.key, exc_info=True)
-            kind = EnvironmentFailure if isinstance(error, TRANSIENT) else EnvironmentBug
+            kind = EnvironmentFailure if isinstance(error, TRANSIENT) else TaskUnusable if isinstance(error, BadTask) else EnvironmentBug
             raise kind(f"environment {env_id!r}, task {task.key}: {describe(error)}") from None
 
     def step(self, session_id: str, turn: Turn) -> Transition:

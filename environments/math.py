@@ -4,6 +4,9 @@
 
 The working goes column by column from the right. After each `=` stand the carry (for a subtraction, the borrow) and the
 digit, so that every step is one look-up of single digits; the answer collects the digits, last step first.
+
+Beside these six kinds, which are drawn where a config names none, there are those of `math_algebra`, whose answers are fractions,
+expressions, sets and intervals: `kinds: [fraction, factor, roots]`.
 """
 
 from __future__ import annotations
@@ -15,11 +18,15 @@ from typing import Any, ClassVar
 
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict, as_honeypot, unguessable
 from environments.knobs import check_choices, check_range, read_knobs, shows_working
+from environments.math_algebra import KINDS as ALGEBRA
+from environments.math_algebra import draw_exercise
 from reward_models import math_answer
+from reward_models.math_answer import AnswerSpec
 
 KINDS = ("add", "sub", "mul", "chain", "equation", "word")
 KNOBS: dict[str, Any] = {"digits": 4, "terms": 6, "kinds": list(KINDS), "system": ""}
-"""digits: of the numbers in `add` and `sub`; the other kinds have one fewer. terms: single digits in a chain. system: a system message."""
+"""kinds: of KINDS and ALGEBRA. digits: of the numbers in `add` and `sub`; the other kinds have one fewer. terms: single digits in a
+chain. system: a system message."""
 
 MAX_READ = 10_000
 """Characters at the end of an answer that the second opinion reads."""
@@ -31,10 +38,10 @@ LOSS = "{name} has {a} {thing} and gives {b}. Left?"
 
 
 class MathEnv(TextEnv):
-    """One question, one answer; reward 1 for exactly the right number."""
+    """One question, one answer; reward 1 for exactly the right one, in the form that the question asks for."""
 
     id: ClassVar[str] = "math"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -44,8 +51,12 @@ class MathEnv(TextEnv):
     def make_task(cls, rng: random.Random, options: Mapping[str, Any]) -> TaskDraft:
         knobs = checked_knobs(options)
         kind = rng.choice(knobs["kinds"])
-        short = max(1, knobs["digits"] - 1)
         public: dict[str, Any]
+        if kind in ALGEBRA:
+            drawn = draw_exercise(kind, rng, knobs["digits"])
+            private = {"answer": drawn.answer, "working": drawn.working} | drawn.demands
+            return TaskDraft(public={"kind": kind, "question": drawn.question}, private=private, difficulty=kind)
+        short = max(1, knobs["digits"] - 1)
         if kind == "chain":
             steps, total = draw_chain(rng, knobs["terms"])
             public, answer = {"steps": steps}, total
@@ -63,6 +74,7 @@ class MathEnv(TextEnv):
         return TaskDraft(public={"kind": kind, "question": question} | public, private={"answer": str(answer)}, difficulty=kind)
 
     def begin(self, task: Task) -> Observation:
+        math_answer.read_gold(AnswerSpec.from_task(task.private))  # an unusable gold ends the episode here, before a token is sampled
         system = (Message(role="system", content=self.knobs["system"]),) if self.knobs["system"] else ()
         return Observation(messages=(*system, Message(role="user", content=task.public["question"])))
 
@@ -70,13 +82,16 @@ class MathEnv(TextEnv):
         assert self.task is not None
         if turn.malformed or turn.tool_calls:
             return self._verdict(Status.INVALID_OUTPUT, False, False, {"reason": turn.malformed or "a tool call where there are no tools"})
-        check = math_answer.check_answer(turn.content, self.task.private["answer"])
+        check = math_answer.check_answer(turn.content, AnswerSpec.from_task(self.task.private))
         evidence = {"answer": (check.extracted or turn.content.strip())[:80], "wanted": self.task.private["answer"], "tier": check.tier}
-        return self._verdict(Status.OK if check.is_number else Status.INVALID_OUTPUT, check.correct, check.is_number, evidence)
+        status = Status.TIMEOUT_MODEL if check.late else Status.OK if check.readable else Status.INVALID_OUTPUT
+        return self._verdict(status, check.correct, check.readable, evidence | ({"reason": check.reason} if check.reason else {}))
 
     def oracle(self, observation: Observation, rng: random.Random) -> Turn:
         assert self.task is not None
-        thought = working(self.task.public) if shows_working(self.knobs, rng) else ""
+        thought = ""
+        if shows_working(self.knobs, rng):
+            thought = self.task.private.get("working") or working(self.task.public)
         return Turn(thought=thought, content=self.task.private["answer"])
 
     def second_opinion(self, turns: Sequence[Turn]) -> bool | None:
@@ -92,11 +107,11 @@ class MathEnv(TextEnv):
     def honeypot(cls, task: Task, rng: random.Random) -> Task:
         return as_honeypot(task, {**task.private, "answer": str(unguessable(rng))})
 
-    def _verdict(self, status: Status, correct: bool, is_number: bool, evidence: dict[str, str]) -> Verdict:
+    def _verdict(self, status: Status, correct: bool, readable: bool, evidence: dict[str, str]) -> Verdict:
         return Verdict(
             status=status,
             reward=float(correct),
-            components={"correct": float(correct), "format": float(is_number)},
+            components={"correct": float(correct), "format": float(readable)},
             evidence=evidence,
             verifier_version=f"{self.id}/{self.version}+{math_answer.VERSION}",
         )
@@ -107,7 +122,7 @@ def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
     knobs = read_knobs(MathEnv.id, KNOBS, options)
     check_range(MathEnv.id, "digits", knobs["digits"], 1, 30)
     check_range(MathEnv.id, "terms", knobs["terms"], 2, 100)
-    check_choices(MathEnv.id, "kinds", knobs["kinds"], KINDS)
+    check_choices(MathEnv.id, "kinds", knobs["kinds"], (*KINDS, *ALGEBRA))
     return knobs
 
 

@@ -16,6 +16,10 @@ from rl_core.types import Agreement, Completion, EpisodeSpec, Group, Message, Re
 Ref = Any
 
 
+class BadTask(ValueError):
+    """A task that cannot be graded, whoever answers it: its episode ends as a verifier error, never as a zero."""
+
+
 class Sampler(Protocol):
     """One engine, as an episode sees it."""
 

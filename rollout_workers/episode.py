@@ -18,7 +18,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from rl_core.seams import ChatFormat, EnvSession, Sampler
+from rl_core.seams import BadTask, ChatFormat, EnvSession, Sampler
 from rl_core.types import Completion, EpisodeSpec, Message, Rollout, SamplingParams, Status, Task, Turn, Verdict
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ CUT_OFF = "cut off by the token budget"
 
 
 class SessionFailed(Exception):
-    """Our side of an episode failed: host, sandbox, or the environment itself. `status` says which."""
+    """Our side of an episode failed. `status` says whose fault it was: ours, the environment's, or its task's (VERIFIER_ERROR)."""
 
     def __init__(self, message: str, status: Status = Status.INFRA_ERROR) -> None:
         super().__init__(message)
@@ -145,7 +145,8 @@ async def ask(call: Awaitable[T]) -> T:
     except SessionFailed:
         raise
     except Exception as error:
-        raise SessionFailed(f"{type(error).__name__}: {error}") from error
+        status = Status.VERIFIER_ERROR if isinstance(error, BadTask) else Status.INFRA_ERROR
+        raise SessionFailed(f"{type(error).__name__}: {error}", status) from error
 
 
 async def close(session: EnvSession) -> None:

@@ -73,9 +73,7 @@ class GymnasiumEnv(TextEnv):
     def act(self, turn: Turn) -> Observation | Verdict:
         action, complaint = self.table.read(turn, self._game.action_space)
         if complaint:
-            return Verdict(
-                status=Status.INVALID_OUTPUT, reward=0.0, components=self._components(), evidence={"reason": complaint}
-            )
+            return Verdict(status=Status.INVALID_OUTPUT, reward=0.0, components=self._components(), evidence={"reason": complaint})
         self._seen, gain, terminated, self._truncated, _ = self._game.step(action)
         self._steps, self._last = self._steps + 1, float(gain)
         self._return += self._last
@@ -160,7 +158,9 @@ class Table:
     def draws(self, rng: random.Random) -> Iterator[int]:
         """Seeds to try, not for ever."""
         yield from (rng.randrange(SEEDS) for _ in range(MAX_DRAWS))
-        raise ValueError(f"environment 'gymnasium': good play won none of {MAX_DRAWS} seeds of {self.env}; set winnable=false to play them all")
+        raise ValueError(
+            f"environment 'gymnasium': good play won none of {MAX_DRAWS} seeds of {self.env}; set winnable=false to play them all"
+        )
 
     def wins(self, seed: int) -> bool:
         """Whether this seed may become a task."""

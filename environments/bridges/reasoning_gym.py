@@ -89,7 +89,9 @@ class ReasoningGymEnv(TextEnv):
             result = SCORERS.ask(request)
         except Late:
             reason = f"the scorer took longer than {SCORE_S:g} s over this answer"
-            return Verdict(status=Status.TIMEOUT_MODEL, reward=0.0, components={"score": 0.0}, evidence={"reason": reason, "answer": answer[:80]})
+            return Verdict(
+                status=Status.TIMEOUT_MODEL, reward=0.0, components={"score": 0.0}, evidence={"reason": reason, "answer": answer[:80]}
+            )
         if "error" in result:
             raise RuntimeError(f"reasoning-gym's scorer of {self.task.public['family']!r} failed: {result['error']}")
         evidence = {"tier": "scorer", "answer": answer[:80]} | ({"refused": result["refused"]} if result.get("refused") else {})

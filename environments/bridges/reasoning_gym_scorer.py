@@ -38,7 +38,20 @@ POWER = r"\*\*\s*(?:\d{1,2}|\(\s*-?\s*\d{1,2}\s*\))(?!\s*\*\*|[\d.])"
 MEMORY_BYTES = 3 << 30
 FILE_BYTES = 0
 
-FORBIDDEN = ("exec", "import", "open", "os.", "subprocess.", "socket.", "ctypes.", "shutil.", "sys.settrace", "sys.setprofile", "pty.", "code.__new__")
+FORBIDDEN = (
+    "exec",
+    "import",
+    "open",
+    "os.",
+    "subprocess.",
+    "socket.",
+    "ctypes.",
+    "shutil.",
+    "sys.settrace",
+    "sys.setprofile",
+    "pty.",
+    "code.__new__",
+)
 """Audit events that no scorer needs while it looks at an answer."""
 
 

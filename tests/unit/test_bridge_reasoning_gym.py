@@ -97,6 +97,7 @@ def test_a_scorer_that_takes_too_long_is_killed_and_the_answer_earns_nothing(mon
 
 def test_streams_do_not_repeat_themselves_and_splits_share_nothing() -> None:
     """The library's own stream of this family has 499 different items of 2,000, and its seeds 1 and 2 share 99 of 100."""
+
     def keys(split: str, seed: int) -> set[str]:
         return {t.key for t in islice(ReasoningGymEnv.tasks(split, seed, {"families": ["chain_sum"]}), 400)}
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_core.seams import Observation, Transition
+from rl_core.seams import BadTask, Observation, Transition
 from rl_core.types import Completion, EpisodeSpec, Message, Rollout, SamplingParams, Status, Task, Turn, Verdict, VersionSpan
 from rollout_workers.episode import CUT_OFF, MIN_ROOM, run_episode, turn_params
 
@@ -52,14 +52,14 @@ class Says:
 class Session:
     """Asks until it hears "stop"; keeps what happened to it."""
 
-    def __init__(self, *, breaks: str = "", first: str = "hello") -> None:
-        self.breaks, self.first = breaks, first
+    def __init__(self, *, breaks: str = "", first: str = "hello", error: Exception | None = None) -> None:
+        self.breaks, self.first, self.error = breaks, first, error
         self.turns: list[Turn] = []
         self.closed = self.truncated = False
 
     def _check(self, call: str) -> None:
         if call == self.breaks:
-            raise OSError(f"the host died in {call}")
+            raise self.error or OSError(f"the host died in {call}")
 
     async def reset(self) -> Observation:
         self._check("reset")
@@ -153,6 +153,14 @@ async def test_a_failure_of_the_environments_side_is_masked_and_says_why(call: s
     assert rollout.verdict.reward is None
     assert rollout.verdict.evidence["error"] == f"OSError: the host died in {call}"
     assert session.closed
+
+
+async def test_a_task_that_cannot_be_graded_is_a_verifier_error_and_costs_no_sampling() -> None:
+    session, engine = Session(breaks="reset", error=BadTask("its gold answer cannot be read")), Says("a")
+    rollout = await play(engine, session)
+    assert (rollout.verdict.status, rollout.verdict.reward) == (Status.VERIFIER_ERROR, None)
+    assert rollout.verdict.evidence["error"] == "BadTask: its gold answer cannot be read"
+    assert not engine.asked
 
 
 async def test_a_failing_close_leaves_the_verdict_as_it_is() -> None:
