@@ -158,6 +158,7 @@ class Run:
             "environments": {name: env.share for name, env in config.environments.items()},
             "max_staleness": config.loop.max_staleness,
             "speculative_tokens": config.rollout.speculative_tokens,
+            "objective": config.learner.objective,
         }
 
     async def start_parts(self, parts: AsyncExitStack) -> tuple[Pool, DurableLearner]:

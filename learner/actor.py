@@ -43,8 +43,7 @@ class LearnerRank:
         import torch
 
         from learner.checkpoint import latest
-        from learner.learner import Learner
-        from learner.model import PolicyModel
+        from learner.make import make_learner
         from learner.optimizer import connect
 
         config = self.config
@@ -57,12 +56,7 @@ class LearnerRank:
             port=port,
             timeout_s=max(config.loop.stall_s, START_TIMEOUT_S),
         )
-        self.learner = Learner(
-            PolicyModel.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype)),
-            config.learner,
-            temperatures={name: env.temperature for name, env in config.environments.items()},
-            max_staleness=config.loop.max_staleness,
-        )
+        self.learner = make_learner(config)
         if (folder := latest(self.checkpoints)) is not None:
             self.learner.load(folder)
         return self.learner.version

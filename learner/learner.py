@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,20 @@ from numpy.typing import NDArray
 from learner import checkpoint
 from learner.guard import Guard
 from learner.model import PolicyModel
-from learner.objective import Batch, Objective, Sum
+from learner.objective import Batch, Objective, Sum, row_logprobs
 from learner.optimizer import deepspeed, make_engine, measure, parameter_groups
 from rl_core.batching import Microbatch, microbatches, num_loss_tokens, num_mtp_tokens
 from rl_core.config import LearnerConfig
-from rl_core.trajectories import trajectories
+from rl_core.overlong import Overlong
+from rl_core.trajectories import LeftOut, left_out, trajectories
 from rl_core.types import Agreement, Completion, Group, StepStats, Trajectory
 
 Blob = NDArray[np.uint8]
 """The bytes of a safetensors file: policy and `mtp.*` tensors under checkpoint names, in the run's dtype."""
+
+
+LEFT_OUT = {LeftOut.STALE: "stale_rollouts", LeftOut.TRUNCATED: "truncated_rollouts"}
+"""Metrics that count rollouts whose reward is in the baseline and whose tokens do not train."""
 
 
 class StalenessError(RuntimeError):
@@ -43,10 +49,24 @@ class Learner:
     """Weights and optimizer of one rank. Call `optimizer.connect` first; every rank makes the same calls in the same order."""
 
     def __init__(
-        self, model: PolicyModel, config: LearnerConfig, *, temperatures: Mapping[str, float], max_staleness: int, version: int = 0
+        self,
+        model: PolicyModel,
+        config: LearnerConfig,
+        *,
+        temperatures: Mapping[str, float],
+        max_staleness: int,
+        version: int = 0,
+        overlong: Mapping[str, Overlong] | None = None,
+        reference: PolicyModel | None = None,
     ) -> None:
-        """`temperatures`: sampling temperature of each environment of the run."""
+        """`temperatures`: sampling temperature of each environment of the run. `overlong`: what becomes of its cut-off rollouts.
+
+        `reference`: the policy that learner.kl_weight pulls towards, whole on every rank and never trained.
+        """
+        if (reference is None) != (config.kl_weight == 0):
+            raise ValueError(f"learner.kl_weight is {config.kl_weight} with{'out' if reference is None else ''} a reference policy")
         self.config, self.max_staleness, self.version = config, max_staleness, version
+        self.overlong = dict(overlong or {})
         self.envs = tuple(sorted(temperatures))
         self.temperatures = dict(temperatures)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -63,6 +83,7 @@ class Learner:
         buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
         self.engine, self.optimizer = make_engine(self.objective, parameter_groups(policy, mtp, config.max_grad_norm), config, dtype=dtype)
         self.device = self.engine.device
+        self.reference = None if reference is None else reference.to(self.device).requires_grad_(False).eval()
         for name, buffer in model.named_buffers():  # DeepSpeed casts all to the run's dtype; router biases stay in float32
             buffer.data = buffer.data.to(buffers[name])
         self.guard = Guard(config.spike_factor)
@@ -82,10 +103,10 @@ class Learner:
         if self._pending is not None:
             raise RuntimeError("accumulate() twice before apply(): the first gradients would be divided by the wrong number of tokens")
         began = time.monotonic()
-        rows = [t for g in groups for t in trajectories(g, self.config.advantage)]
+        rows, kept_out = self._trajectories(groups)
         staleness = staleness_metrics(rows, version=self.version, bound=self.max_staleness)
         num_tokens, num_mtp = num_loss_tokens(rows), num_mtp_tokens(rows)
-        if not num_tokens:
+        if not num_tokens and not kept_out:
             raise ValueError(f"{len(groups)} groups without a single token to train; the loop must leave out groups that do not train")
         plan = microbatches(
             rows, envs=self.envs, max_tokens=self.config.microbatch_tokens, num_ranks=self.world_size, share_prefixes=self.model.is_hybrid
@@ -99,7 +120,10 @@ class Learner:
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
             sums += part
         dist.all_reduce(sums)
-        metrics = loss_metrics(sums.cpu().numpy(), self.envs, mtp_weight=self.config.mtp_loss_weight if num_mtp else 0.0) | staleness
+        metrics = loss_metrics(
+            sums.cpu().numpy(), self.envs, mtp_weight=self.config.mtp_loss_weight if num_mtp else 0.0, kl_weight=self.config.kl_weight
+        )
+        metrics |= staleness | kept_out
         everything = [m for rank in plan for m in rank]
         metrics["learner/real_tokens"] = float(sum(m.num_tokens for m in everything))
         metrics["learner/shared_tokens"] = float(sum(m.num_shared for m in everything))
@@ -108,6 +132,20 @@ class Learner:
         metrics["learner/accumulate_s"] = time.monotonic() - began
         self._pending = metrics
         return dict(metrics)
+
+    def _trajectories(self, groups: Sequence[Group]) -> tuple[list[Trajectory], dict[str, float]]:
+        """What trains of `groups`, and how many rollouts only lend their reward, by environment and reason."""
+        oldest = None if self.config.train_staleness is None else self.version - self.config.train_staleness
+        rows: list[Trajectory] = []
+        kept_out: dict[str, float] = {}
+        for group in groups:
+            overlong = self.overlong.get(group.task.env, Overlong())
+            rows += trajectories(group, self.config.advantage, overlong=overlong, oldest=oldest)
+            for rollout in group.trainable:
+                if reason := left_out(rollout, overlong=overlong, oldest=oldest):
+                    name = f"env/{group.task.env}/{LEFT_OUT[reason]}"
+                    kept_out[name] = kept_out.get(name, 0.0) + 1
+        return rows, kept_out
 
     def apply(self, *, again: bool = False) -> StepStats:
         """The optimizer step over what `accumulate` gathered: the weights become those of the next version.
@@ -227,7 +265,7 @@ class Learner:
         def tensor(array: NDArray[Any]) -> torch.Tensor:
             return torch.from_numpy(array).to(self.device)
 
-        return Batch(
+        batch = Batch(
             prefix_ids=tensor(microbatch.prefix_ids.astype(np.int64)),
             token_ids=tensor(microbatch.token_ids.astype(np.int64)),
             loss_mask=tensor(microbatch.loss_mask),
@@ -236,6 +274,7 @@ class Learner:
             envs=tensor(microbatch.envs.astype(np.int64)),
             temperatures=tensor(by_env[microbatch.envs]),
         )
+        return batch if self.reference is None else replace(batch, reference=row_logprobs(self.reference, batch))
 
 
 @contextmanager
@@ -270,23 +309,24 @@ def staleness_metrics(rows: Sequence[Trajectory], *, version: int, bound: int) -
     return metrics
 
 
-def loss_metrics(sums: NDArray[np.float64], envs: Sequence[str], *, mtp_weight: float) -> dict[str, float]:
+def loss_metrics(sums: NDArray[np.float64], envs: Sequence[str], *, mtp_weight: float, kl_weight: float = 0.0) -> dict[str, float]:
     """Figures from the sums [environments, len(Sum)] over all ranks: overall, and of each environment that was trained."""
-    total = _figures(sums.sum(0))
-    tokens = sums[:, Sum.TOKENS].sum()
+    total = _figures(sums.sum(0), kl_weight)
     metrics = {f"learner/{name}": value for name, value in total.items()}
-    policy_loss = float(sums[:, Sum.LOSS].sum() / tokens)
+    policy_loss = float(sums[:, Sum.LOSS].sum() / max(sums[:, Sum.TOKENS].sum(), 1))
     metrics["learner/policy_loss"] = policy_loss
     metrics["learner/loss"] = policy_loss + mtp_weight * total.get("mtp_loss", 0.0)
     for env, row in zip(envs, sums, strict=True):
         if row[Sum.TOKENS]:
-            metrics |= {f"env/{env}/{name}": value for name, value in _figures(row).items()}
+            metrics |= {f"env/{env}/{name}": value for name, value in _figures(row, kl_weight).items()}
     return metrics
 
 
-def _figures(row: NDArray[np.float64]) -> dict[str, float]:
+def _figures(row: NDArray[np.float64], kl_weight: float) -> dict[str, float]:
     """Means over the trained tokens of one row of sums."""
     tokens = row[Sum.TOKENS]
+    if not tokens:
+        return {"trained_tokens": 0.0}
     figures = {
         "trained_tokens": tokens,
         "masked_share": row[Sum.DROPPED] / tokens,
@@ -294,8 +334,10 @@ def _figures(row: NDArray[np.float64]) -> dict[str, float]:
         "entropy": row[Sum.ENTROPY] / tokens,
         "mismatch_kl": row[Sum.KL] / tokens,
         "ratio_mean": row[Sum.RATIO] / tokens,
-        "ess": row[Sum.WEIGHT] ** 2 / (tokens * max(row[Sum.WEIGHT_SQUARED], 1e-12)),  # 1: every token counts the same
+        "ess": row[Sum.PULL] ** 2 / (tokens * max(row[Sum.PULL_SQUARED], 1e-12)),  # 1: every token counts the same
     }
+    if kl_weight:
+        figures["reference_kl"] = row[Sum.REFERENCE_KL] / tokens
     if row[Sum.MTP_TOKENS]:
         figures["mtp_loss"] = row[Sum.MTP_LOSS] / row[Sum.MTP_TOKENS]
     return {name: float(value) for name, value in figures.items()}

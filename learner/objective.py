@@ -16,7 +16,8 @@ from enum import IntEnum, auto
 import torch
 from torch import Tensor, nn
 
-from learner.losses import importance_weights, k3, policy_loss
+from learner.importance import Tokens
+from learner.losses import k3, token_losses
 from learner.model import PolicyModel
 from rl_core.config import LearnerConfig
 
@@ -25,15 +26,15 @@ class Sum(IntEnum):
     """Columns of the sums [environments, len(Sum)] over trained tokens, that ranks and microbatches add up."""
 
     TOKENS = 0
-    LOSS = auto()  # of weight * surrogate, as trained
+    LOSS = auto()  # as trained, weights and KL included
     DROPPED = auto()  # tokens that the importance rule masked or capped
     CLIPPED = auto()
     ENTROPY = auto()  # nats
-    KL = auto()  # nats, k3
+    KL = auto()  # behaviour, train; nats, k3
     RATIO = auto()
-    RATIO_SQUARED = auto()
-    WEIGHT = auto()
-    WEIGHT_SQUARED = auto()
+    PULL = auto()  # the whole weight of a token in the gradient
+    PULL_SQUARED = auto()
+    REFERENCE_KL = auto()  # train, reference; nats, k3
     MTP_TOKENS = auto()
     MTP_LOSS = auto()  # nats
 
@@ -49,6 +50,7 @@ class Batch:
     advantages: Tensor  # [B]
     envs: Tensor  # [B] int64; -1 where the row has no environment
     temperatures: Tensor  # [B]
+    reference: Tensor | None = None  # [B, L] logprobs under the reference policy, nats; only where loss_mask is True
 
 
 class Objective(nn.Module):
@@ -62,12 +64,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, num_loss_tokens: int, num_mtp_tokens: int) -> tuple[Tensor, Tensor]:
         """(this microbatch's share of the loss, its sums [num_envs, len(Sum)]). Shares of all microbatches and ranks add up to the loss."""
         inputs = batch.token_ids[:, :-1]
-        prefix = None
-        if len(batch.prefix_ids):
-            before, hidden = self.model.behind_prefix(batch.prefix_ids, inputs)
-            prefix = before.detach(), batch.prefix_ids
-        else:
-            hidden = self.model(inputs)
+        hidden, prefix = hidden_states(self.model, batch)
         loss, sums = self._policy(batch, hidden)
         loss = loss / max(num_loss_tokens, 1)
         if self.trains_mtp:
@@ -84,31 +81,39 @@ class Objective(nn.Module):
 
     def _policy(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of token losses, with gradient, and the policy's columns of the sums."""
-        config, importance = self.config, self.config.importance
         rows, columns = batch.loss_mask[:, 1:].nonzero(as_tuple=True)  # column t predicts token t + 1
         targets, behaviour = batch.token_ids[rows, columns + 1], batch.logprobs[rows, columns + 1]
-        logprobs, entropy = self.model.token_logprobs(hidden[rows, columns], targets, batch.temperatures[rows])
-        proximal = logprobs.detach()  # one gradient step per batch: the current policy is the proximal one
-        weights = importance_weights(proximal, behaviour, rule=importance.rule, low=importance.low, high=importance.high)
-        result = policy_loss(
-            logprobs, proximal, weights.weight, batch.advantages[rows], clip_low=config.clip_low, clip_high=config.clip_high
+        train, entropy = self.model.token_logprobs(hidden[rows, columns], targets, batch.temperatures[rows])
+        tokens = Tokens(
+            train=train,
+            proximal=self._proximal(train, behaviour),
+            behaviour=behaviour,
+            advantages=batch.advantages[rows],
+            rows=rows,
+            num_rows=len(batch.token_ids),
         )
-        sums = self._sums(
-            batch.envs[rows],
-            {
-                Sum.TOKENS: torch.ones_like(proximal),
-                Sum.LOSS: result.loss,
-                Sum.DROPPED: ~weights.kept,
-                Sum.CLIPPED: result.clipped,
-                Sum.ENTROPY: entropy,
-                Sum.KL: k3(proximal - behaviour),
-                Sum.RATIO: weights.ratio,
-                Sum.RATIO_SQUARED: weights.ratio.square(),
-                Sum.WEIGHT: weights.weight,
-                Sum.WEIGHT_SQUARED: weights.weight.square(),
-            },
-        )
-        return result.loss.sum(), sums
+        reference = None if batch.reference is None else batch.reference[rows, columns + 1]
+        result = token_losses(tokens, self.config, reference)
+        columns_of = {
+            Sum.TOKENS: torch.ones_like(entropy),
+            Sum.LOSS: result.loss,
+            Sum.DROPPED: ~result.weights.kept,
+            Sum.CLIPPED: result.clipped,
+            Sum.ENTROPY: entropy,
+            Sum.KL: torch.where(behaviour.isfinite(), k3(train.detach() - behaviour), 0.0),
+            Sum.RATIO: result.weights.ratio,
+            Sum.PULL: result.pull,
+            Sum.PULL_SQUARED: result.pull.square(),
+        }
+        if result.reference_kl is not None:
+            columns_of[Sum.REFERENCE_KL] = result.reference_kl
+        return result.loss.sum(), self._sums(batch.envs[rows], columns_of)
+
+    def _proximal(self, train: Tensor, behaviour: Tensor) -> Tensor:
+        """One optimizer step per batch: what a forward pass before it would recompute is what this one computes."""
+        if self.config.proximal == "recomputed":
+            return train.detach()
+        return torch.where(behaviour.isfinite(), behaviour.to(train.dtype), train.detach())
 
     def _mtp(self, batch: Batch, inputs: Tensor, hidden: Tensor, prefix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the MTP head on the policy's own tokens. `hidden` is detached and the LM head frozen: the trunk gets nothing.
@@ -128,3 +133,23 @@ class Objective(nn.Module):
         for column, values in columns.items():
             sums[:, column].index_add_(0, envs, values.detach().to(torch.float64))
         return sums
+
+
+def hidden_states(model: PolicyModel, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Hidden states [B, L - 1, D] of the rows, and those of their prefix (detached) with its ids, if they have one."""
+    inputs = batch.token_ids[:, :-1]
+    if not len(batch.prefix_ids):
+        return model(inputs), None
+    before, hidden = model.behind_prefix(batch.prefix_ids, inputs)
+    return hidden, (before.detach(), batch.prefix_ids)
+
+
+@torch.no_grad()
+def row_logprobs(model: PolicyModel, batch: Batch) -> Tensor:
+    """[B, L] logprobs of the trained tokens under another model of the same vocabulary; 0 elsewhere."""
+    rows, columns = batch.loss_mask[:, 1:].nonzero(as_tuple=True)
+    hidden, _ = hidden_states(model, batch)
+    logprobs, _ = model.token_logprobs(hidden[rows, columns], batch.token_ids[rows, columns + 1], batch.temperatures[rows])
+    found = logprobs.new_zeros(batch.token_ids.shape)
+    found[rows, columns + 1] = logprobs
+    return found

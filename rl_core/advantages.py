@@ -5,6 +5,8 @@
     leave_one_out    r - mean of the others           Ahmadian et al. 2024, RLOO: the baseline does not depend on the rollout itself
 
 Only rollouts whose status trains count (invariant 5): a failure of ours neither gets an advantage nor moves the baseline.
+A rollout whose tokens are left out of the loss (too stale, cut off) still counts here: what it earned is news of the task,
+whoever may learn from it.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from rl_core.overlong import Overlong, penalty
 from rl_core.types import Floats, Group
 
 Rewards = NDArray[np.float64]
 
 EPSILON = 1e-6
 """Keeps the division defined when all rewards are equal; such groups have advantage 0 everywhere."""
+
+
+KEEP = Overlong()
 
 
 def grpo(rewards: Rewards) -> Rewards:
@@ -40,13 +46,13 @@ def leave_one_out(rewards: Rewards) -> Rewards:
 RULES: Mapping[str, Callable[[Rewards], Rewards]] = {"grpo": grpo, "mean": mean, "leave_one_out": leave_one_out}
 
 
-def group_advantages(group: Group, rule: str) -> Floats:
+def group_advantages(group: Group, rule: str, overlong: Overlong = KEEP) -> Floats:
     """[G], one per rollout of `group`; 0 where the rollout does not train, and everywhere if fewer than two do."""
     if rule not in RULES:
         raise ValueError(f"advantage rule {rule!r}, wanted one of {', '.join(RULES)}; set learner.advantage")
     trains = np.array([r.verdict.status.trains for r in group.rollouts], bool)
     advantages = np.zeros(len(group.rollouts), np.float32)
     if trains.sum() >= 2:
-        rewards = np.array([r.verdict.reward for r in group.rollouts if r.verdict.status.trains], np.float64)
+        rewards = np.array([(r.verdict.reward or 0.0) + penalty(r, overlong) for r in group.trainable], np.float64)
         advantages[trains] = RULES[rule](rewards)
     return advantages

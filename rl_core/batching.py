@@ -88,7 +88,7 @@ def num_mtp_tokens(trajectories: Sequence[Trajectory]) -> int:
 def microbatches(
     trajectories: Sequence[Trajectory], *, envs: Sequence[str], max_tokens: int, num_ranks: int = 1, share_prefixes: bool = False
 ) -> list[list[Microbatch]]:
-    """[num_ranks] lists of equal length. A row longer than `max_tokens` padded tokens gets a microbatch of its own.
+    """[num_ranks] lists of equal length, at least 1. A row longer than `max_tokens` padded tokens gets a microbatch of its own.
 
     Units are dealt out by cost in turns that go back and forth, so that ranks do nearly the same work in the same shapes.
     `share_prefixes`: a prompt that several rows begin with is computed once, where that saves more than a microbatch costs.
@@ -108,7 +108,7 @@ def microbatches(
         cuts = cheapest_cuts(np.array([lengths[i] for i in alone], np.int64), max_tokens)
         batches = [(u.rows, u.prefix) for u in hand if u.prefix] + [(tuple(alone[a:b]), 0) for a, b in cuts]
         ranks.append([_pad([trajectories[i] for i in rows], [lengths[i] for i in rows], prefix, index) for rows, prefix in batches])
-    most = max(len(r) for r in ranks)
+    most = max(1, *(len(r) for r in ranks))  # a batch without a token to train is still a step
     for rank in ranks:
         rank += [_empty() for _ in range(most - len(rank))]
     return ranks

@@ -15,6 +15,8 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rl_core.rules import ADVANTAGES, IMPORTANCE, OVERLONG, POLICY_LOSSES, PROXIMAL, PROXIMAL_RATIO
+
 
 class ConfigError(ValueError):
     """The user's config cannot run. The message is one sentence: what it got, what it wanted, what to do."""
@@ -98,6 +100,13 @@ class EnvironmentConfig:
     """Longest that one call into the environment may take (open, step, truncate, close), after which its episode is no result."""
     concurrency: int = 0
     """Episodes of this environment at the same time, over all workers; 0 is as many as the engines take."""
+    overlong: str = "keep"
+    """Rollouts that the token budget cut off: keep (train as any other), mask (their reward counts in the baseline, their tokens do
+    not train), penalty (the reward falls within the last tokens of a turn's budget)."""
+    overlong_buffer: float = 0.25
+    """penalty: the share of max_tokens over which the reward falls."""
+    overlong_weight: float = 1.0
+    """penalty: how much of the reward is lost at max_tokens."""
     options: dict[str, Any] = field(default_factory=dict)
     """Passed to the environment's task source and constructor: difficulty knobs."""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
@@ -165,11 +174,17 @@ class ImportanceConfig:
     """Correction for the difference between the policy that sampled and the policy that trains."""
 
     rule: str = "masked"
-    """masked (default), truncated or none."""
-    low: float = 0.2
-    """Tokens whose train/behaviour ratio is below this contribute nothing."""
-    high: float = 5.0
-    """Tokens whose train/behaviour ratio is above this contribute nothing."""
+    """masked, icepop, truncated, sequence_mask, geometric_mask, dppo or none; docs/objective.md has the formulas."""
+    low: float | None = None
+    """Lower bound of what the rule measures; null is the rule's own default (masked: 0.2)."""
+    high: float | None = None
+    """Upper bound of what the rule measures; null is the rule's own default (masked: 5.0)."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(low, high) that are in force."""
+        own = IMPORTANCE[self.rule]
+        return own.low if self.low is None else self.low, own.high if self.high is None else self.high
 
 
 @dataclass
@@ -192,16 +207,44 @@ class LearnerConfig:
     """Padded tokens per microbatch."""
     advantage: str = "grpo"
     """grpo (divide by the group's standard deviation), mean (do not), leave_one_out."""
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    """Clip range of the proximal ratio, DAPO's clip-higher by default."""
+    policy_loss: str = "ppo"
+    """ppo (GRPO's clipped surrogate), gspo (sequence ratios), cispo (clipped weights, no token without a gradient)."""
+    proximal: str = "recomputed"
+    """The policy that the clip is around: recomputed (the learner's own at the start of the step), behaviour (the one that sampled)."""
+    clip_low: float | None = None
+    """The train/proximal ratio is clipped below 1 - clip_low; null is the policy loss's own default (ppo: 0.2)."""
+    clip_high: float | None = None
+    """The train/proximal ratio is clipped above 1 + clip_high; null is the policy loss's own default (ppo: 0.28, clip-higher)."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    kl_weight: float = 0.0
+    """Weight of the KL to the reference policy, the checkpoint that the run started from; 0 keeps no reference in memory."""
+    train_staleness: int | None = None
+    """Policy versions that the oldest token of a rollout may lag to be trained. An older rollout keeps its reward in its group's
+    baseline; its tokens do not train. null is whatever loop.max_staleness admits."""
     mtp_loss_weight: float = 0.3
     """Weight of the MTP head's loss on the policy's own rollouts; the trunk gets no gradient from it."""
     train_router: bool = False
     """Whether MoE router weights are trained; frozen by default, as routers drift in RL."""
     checkpoint_every: int = 50
     """Steps between checkpoints; the last step is always saved."""
+    keep_batches: int | str = 0
+    """Batches that stay on disk after a checkpoint covers them, for `polyrl replay`: of the last so many steps, or all."""
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """(low, high) of the clip range 1 - low ... 1 + high that is in force."""
+        own = POLICY_LOSSES[self.policy_loss]
+        return own.low if self.clip_low is None else self.clip_low, own.high if self.clip_high is None else self.clip_high
+
+    @property
+    def objective(self) -> str:
+        """The rules that are in force, in words."""
+        (low, high), rule = self.importance.bounds, self.importance.rule
+        bounds = f" importance, {IMPORTANCE[rule].measures} in [{low:g}, {high:g}]" if rule != "none" else " importance correction"
+        return (
+            f"{self.policy_loss} clip -{self.clip[0]:g}/+{self.clip[1]:g} around the {self.proximal} policy; {self.advantage} advantages; "
+            f"{rule}{bounds}" + (f"; KL to the reference x {self.kl_weight:g}" if self.kl_weight else "")
+        )
 
 
 @dataclass
@@ -349,13 +392,7 @@ def validate(config: RunConfig) -> None:
     if learner.spike_factor and learner.spike_factor <= 1:
         raise ConfigError(f"learner.spike_factor is {learner.spike_factor}, wanted more than 1, or 0 to skip only what is not finite")
     _one_of("learner.zero_stage", learner.zero_stage, (1, 2, 3))
-    _one_of("learner.advantage", learner.advantage, ("grpo", "mean", "leave_one_out"))
-    _one_of("learner.importance.rule", learner.importance.rule, ("masked", "truncated", "none"))
-    if not 0 <= learner.importance.low < 1 < learner.importance.high:
-        raise ConfigError(
-            f"learner.importance: low={learner.importance.low}, high={learner.importance.high}; "
-            f"wanted 0 <= low < 1 < high, for example 0.2 and 5.0"
-        )
+    check_objective(learner, loop)
     _at_least("learner.mtp_loss_weight", learner.mtp_loss_weight, 0)
     _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
     _one_of("sandbox", c.sandbox, ("auto", "docker", "bubblewrap"))
@@ -384,6 +421,9 @@ def validate(config: RunConfig) -> None:
             raise ConfigError(
                 f"{at}curriculum.floor is {env.curriculum.floor}, wanted more than 0 and at most 1: no task is dropped for ever"
             )
+        _one_of(at + "overlong", env.overlong, OVERLONG)
+        _within(at + "overlong_buffer", env.overlong_buffer, 0, 1)
+        _at_least(at + "overlong_weight", env.overlong_weight, 0)
         if env.max_total_tokens > rollout.max_model_len:
             raise ConfigError(
                 f"{at}max_total_tokens is {env.max_total_tokens}, more than rollout.max_model_len={rollout.max_model_len}; "
@@ -418,6 +458,38 @@ def _check_reward(at: str, reward: RewardConfig) -> None:
         raise ConfigError(f"{at}role is {reward.role!r}: length control is added to the reward; leave out the role, or set weight=0")
 
 
+def check_objective(learner: LearnerConfig, loop: LoopConfig) -> None:
+    """Raise ConfigError for the first rule that there is not, or that cannot mean anything with these numbers."""
+    importance = learner.importance
+    _one_of("learner.advantage", learner.advantage, ADVANTAGES)
+    _one_of("learner.policy_loss", learner.policy_loss, tuple(POLICY_LOSSES))
+    _one_of("learner.proximal", learner.proximal, PROXIMAL)
+    _one_of("learner.importance.rule", importance.rule, tuple(IMPORTANCE))
+    own, (low, high) = IMPORTANCE[importance.rule], importance.bounds
+    least = own.centre - 1
+    if not least <= low < own.centre < high:
+        raise ConfigError(
+            f"learner.importance: low={low}, high={high}; they bound the {own.measures}, so wanted "
+            f"{least:g} <= low < {own.centre:g} < high, for example {own.low:g} and {own.high:g}"
+        )
+    if own.measures == PROXIMAL_RATIO and learner.proximal == "behaviour":
+        raise ConfigError(
+            f"learner.importance.rule={importance.rule} compares the proximal with the behaviour policy, and learner.proximal=behaviour "
+            f"makes them the same; use importance.rule=masked, or proximal=recomputed"
+        )
+    _within("learner.clip_low", learner.clip[0], 0, 1)
+    _above("learner.clip_high", learner.clip[1], 0)
+    _at_least("learner.kl_weight", learner.kl_weight, 0)
+    if learner.train_staleness is not None and not 0 <= learner.train_staleness <= loop.max_staleness:
+        raise ConfigError(
+            f"learner.train_staleness is {learner.train_staleness}, wanted 0 to loop.max_staleness={loop.max_staleness}, or null "
+            f"for the latter"
+        )
+    keep = learner.keep_batches
+    if keep != "all" and not (isinstance(keep, int) and keep >= 0):
+        raise ConfigError(f"learner.keep_batches is {keep!r}, wanted a number of steps, 0 or more, or all")
+
+
 def _at_least(key: str, value: float, low: float, hint: str = "") -> None:
     if not value >= low:
         raise ConfigError(f"{key} is {value}, wanted {low} or more" + (f" ({hint})" if hint else ""))
@@ -426,6 +498,11 @@ def _at_least(key: str, value: float, low: float, hint: str = "") -> None:
 def _above(key: str, value: float, low: float) -> None:
     if not value > low:
         raise ConfigError(f"{key} is {value}, wanted more than {low}")
+
+
+def _within(key: str, value: float, low: float, high: float) -> None:
+    if not low < value <= high:
+        raise ConfigError(f"{key} is {value}, wanted more than {low} and at most {high}")
 
 
 def _one_of(key: str, value: Any, known: Sequence[Any]) -> None:

@@ -1,24 +1,55 @@
-"""From a group to what the loss sees: one trajectory per rollout, or more where a turn did not continue the ids before it."""
+"""From a group to what the loss sees: one trajectory per rollout, or more where a turn did not continue the ids before it.
+
+rollout  --> did it end by a fault of ours?      --yes--> neither reward nor tokens
+         --> is it too stale, or cut off?        --yes--> its reward counts in the baseline, its tokens do not train
+         --> otherwise                                    both
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import StrEnum
 
 import numpy as np
 
-from rl_core.advantages import group_advantages
+from rl_core.advantages import KEEP, group_advantages
+from rl_core.overlong import Overlong, is_truncated
 from rl_core.types import Completion, Group, Rollout, Trajectory
 
 
-def trajectories(group: Group, rule: str) -> list[Trajectory]:
-    """All trajectories of the rollouts of `group` that train; `rule` names how advantages are made (`advantages.RULES`)."""
-    advantages = group_advantages(group, rule)
+class LeftOut(StrEnum):
+    """Why the tokens of a rollout do not train although its reward counts."""
+
+    STALE = "stale"
+    TRUNCATED = "truncated"
+
+
+def trajectories(group: Group, rule: str, *, overlong: Overlong = KEEP, oldest: int | None = None) -> list[Trajectory]:
+    """All trajectories of the rollouts of `group` whose tokens train; `rule` names how advantages are made (`advantages.RULES`).
+
+    `oldest`: the oldest policy version whose tokens train; None is any.
+    """
+    advantages = group_advantages(group, rule, overlong)
     return [
         trajectory
         for rollout, advantage in zip(group.rollouts, advantages, strict=True)
-        if rollout.verdict.status.trains
+        if rollout.verdict.status.trains and left_out(rollout, overlong=overlong, oldest=oldest) is None
         for trajectory in rollout_trajectories(rollout, float(advantage))
     ]
+
+
+def left_out(rollout: Rollout, *, overlong: Overlong = KEEP, oldest: int | None = None) -> LeftOut | None:
+    """Why a rollout keeps its reward in the baseline but not its tokens, or None if they train.
+
+    The bias of this: the baseline compares with rollouts of an older policy, whose mean reward is a little lower as a rule. It is
+    the same for all siblings, so it shifts how much a task pushes, not which of its answers is preferred. Leaving the reward out
+    as well would bias the other way, since long, slow answers are the stale ones.
+    """
+    if oldest is not None and rollout.min_version is not None and rollout.min_version < oldest:
+        return LeftOut.STALE
+    if overlong.rule == "mask" and is_truncated(rollout):
+        return LeftOut.TRUNCATED
+    return None
 
 
 def rollout_trajectories(rollout: Rollout, advantage: float) -> list[Trajectory]:

@@ -104,5 +104,6 @@ def _in_words(config: RunConfig) -> str:
     groups = config.loop.groups_per_step
     return (
         f"{config.loop.steps} steps of {groups} groups over {', '.join(environments)}; {config.rollout.num_workers} engine(s), "
-        f"{config.learner.num_ranks} learner rank(s), staleness at most {config.loop.max_staleness}"
+        f"{config.learner.num_ranks} learner rank(s), staleness at most {config.loop.max_staleness}; "
+        f"{config.learner.objective}"
     )

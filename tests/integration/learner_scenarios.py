@@ -21,7 +21,7 @@ from learner.model import PolicyModel
 from learner.optimizer import connect
 from rl_core.advantages import group_advantages
 from rl_core.config import ImportanceConfig, LearnerConfig
-from rl_core.types import Group, StepStats
+from rl_core.types import Group, StepStats, VersionSpan
 from tests.integration.learner_ranks import completion, group, random_groups, rollout
 
 VOCAB = 32
@@ -40,7 +40,23 @@ def small_model(folder: Path, dtype: torch.dtype = torch.float32) -> PolicyModel
 
 
 def make(folder: Path, *, dtype: torch.dtype = torch.float32, max_staleness: int = 1, **changes: Any) -> Learner:
-    return Learner(small_model(folder, dtype), small_config(**changes), temperatures=TEMPERATURES, max_staleness=max_staleness)
+    config = small_config(**changes)
+    return Learner(
+        small_model(folder, dtype),
+        config,
+        temperatures=TEMPERATURES,
+        max_staleness=max_staleness,
+        reference=blurred(small_model(folder, dtype)) if config.kl_weight else None,
+    )
+
+
+def blurred(model: PolicyModel) -> PolicyModel:
+    """A policy near `model`, the same on every rank."""
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=rng)
+    return model
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
@@ -60,8 +76,12 @@ def steps(rank: int, folder: Path, *, count: int, dtype: str = "float32", **chan
 
 
 def groups_to_compare() -> list[Group]:
-    """Ragged groups, and one with a prompt long enough to be shared between its rows."""
-    return random_groups(6, vocab=VOCAB, seed=0, long_prompt=300)
+    """Ragged groups, and one with a prompt long enough to be shared between its rows. The first rollout is a version old."""
+    first, *others = random_groups(6, vocab=VOCAB, seed=0, long_prompt=300)
+    stale, *fresh = first.rollouts
+    (turn,) = stale.completions
+    turn = replace(turn, spans=(VersionSpan(start=0, stop=1, version=-1), VersionSpan(start=1, stop=len(turn.token_ids), version=0)))
+    return [replace(first, rollouts=(replace(stale, completions=(turn,)), *fresh)), *others]
 
 
 def gradients(rank: int, folder: Path, *, name: str, **changes: Any) -> Any:

@@ -14,12 +14,16 @@ from tests.integration.learner_ranks import run_ranks
 from tests.integration.learner_scenarios import VOCAB
 from tests.integration.tiny_hybrid import make_tiny_hybrid
 
+RULES = {"policy_loss": "gspo", "clip_low": 0.1, "clip_high": 0.1, "proximal": "behaviour", "kl_weight": 0.1, "train_staleness": 0}
+"""Ratios of whole trajectories, a reference policy, and a rollout that is too stale to train."""
+
 ONE_RANK = [
     ("reference", "reference", {}),
     ("whole", "gradients", {"name": "whole"}),
     ("pieces", "gradients", {"name": "pieces", "microbatch_tokens": 48}),
     ("zero2", "gradients", {"name": "zero2", "zero_stage": 2, "microbatch_tokens": 48}),
     ("zero3", "gradients", {"name": "zero3", "zero_stage": 3, "microbatch_tokens": 48}),
+    ("rules", "gradients", {"name": "rules", **RULES}),
     ("masked", "gradients", {"name": "masked", "importance": {"low": 0.999, "high": 1.001}}),
     ("steps", "steps", {"count": 3}),
     ("bfloat16", "steps", {"count": 3, "dtype": "bfloat16", "microbatch_tokens": 64}),
@@ -36,6 +40,7 @@ TWO_RANKS = [
     ("zero1", "gradients", {"name": "two1", "microbatch_tokens": 48}),
     ("zero2", "gradients", {"name": "two2", "zero_stage": 2, "microbatch_tokens": 48}),
     ("zero3", "gradients", {"name": "two3", "zero_stage": 3, "microbatch_tokens": 48}),
+    ("rules", "gradients", {"name": "rules2", "zero_stage": 3, "microbatch_tokens": 48, **RULES}),
     ("steps1", "steps", {"count": 3, "microbatch_tokens": 48}),
     ("steps3", "steps", {"count": 3, "zero_stage": 3}),
     ("resume1", "resume", {"name": "resume2-1"}),
@@ -94,6 +99,25 @@ def test_two_ranks_give_the_gradients_of_one(folder: Path, one: dict[str, Any], 
         if "/" in key and not key.endswith(("_s", "padded_tokens", "real_tokens", "shared_tokens", "microbatches")):
             assert two[f"zero{stage}"][0][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
             assert two[f"zero{stage}"][1][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_rules_over_trajectories_and_a_reference_give_the_same_on_two_ranks(folder: Path, one: dict[str, Any], two: dict[str, Any]) -> None:
+    alone = one["rules"][0]
+    assert gradient_error(folder, "rules2-0", "rules-0") < 1e-3
+    assert gradient_error(folder, "rules2-1", "rules-0") < 1e-3
+    for key in (
+        "learner/loss",
+        "learner/clip_share",
+        "learner/reference_kl",
+        "env/tools/reference_kl",
+        "env/math/ess",
+        "learner/trained_tokens",
+    ):
+        assert two["rules"][0][key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
+    assert alone["learner/clip_share"] > 0
+    assert alone["learner/reference_kl"] > 0
+    assert alone["env/math/stale_rollouts"] == two["rules"][1]["env/math/stale_rollouts"] == 1
+    assert alone["learner/trained_tokens"] < one["whole"][0]["learner/trained_tokens"]
 
 
 @pytest.mark.parametrize("name", ["steps1", "steps3"])

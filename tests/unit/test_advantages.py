@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rl_core.advantages import RULES, group_advantages, leave_one_out
-from rl_core.trajectories import trajectories
-from rl_core.types import Status
+from rl_core.overlong import Overlong, penalty
+from rl_core.trajectories import LeftOut, left_out, trajectories
+from rl_core.types import Rollout, Status
 from tests.integration.learner_ranks import completion, group, random_groups, rollout
 
 
@@ -90,3 +93,46 @@ def test_every_sampled_token_is_trained_exactly_once(seed: int) -> None:
         assert sum(int(r.loss_mask.sum()) for r in rows) == len(sampled)
         assert [t for r in rows for t in r.token_ids[r.loss_mask].tolist()] == sampled
         assert all((r.versions[r.loss_mask] == 3).all() for r in rows)
+
+
+def answered(length: int, reward: float, *, version: int = 0, cut_off: bool = False, key: str = "r") -> Rollout:
+    one = completion([1], list(range(length)), version=version)
+    return rollout(replace(one, finish_reason="length" if cut_off else "stop"), reward=reward, key=key)
+
+
+def test_a_stale_sibling_keeps_its_reward_in_the_baseline_and_its_tokens_out_of_the_loss() -> None:
+    fresh, stale = answered(3, 1.0, version=5, key="fresh"), answered(4, 0.0, version=3, key="stale")
+    rows = trajectories(group(fresh, stale), "mean", oldest=4)
+    assert [(len(r), r.advantage) for r in rows] == [(4, 0.5)], "one row, compared with the mean of both"
+    assert left_out(stale, oldest=4) is LeftOut.STALE
+    assert left_out(fresh, oldest=4) is None
+    assert [r.advantage for r in trajectories(group(fresh, stale), "mean")] == [0.5, -0.5]
+
+
+def test_one_old_token_makes_a_rollout_stale() -> None:
+    turns = completion([1, 2], [3, 4], version=3), completion([1, 2, 3, 4, 9], [6], version=5)
+    assert left_out(rollout(*turns, reward=1.0), oldest=4) is LeftOut.STALE
+    assert left_out(rollout(*turns, reward=1.0), oldest=3) is None
+
+
+def test_a_cut_off_rollout_can_be_masked_and_still_counts_in_the_baseline() -> None:
+    members = group(answered(3, 1.0), answered(9, 0.0, cut_off=True))
+    assert [r.advantage for r in trajectories(members, "mean")] == [0.5, -0.5]
+    assert [r.advantage for r in trajectories(members, "mean", overlong=Overlong(rule="mask"))] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("length", "cut_off", "wanted"), [(1, False, 0.0), (60, False, 0.0), (80, False, -0.25), (100, False, -0.5), (20, True, -0.5)]
+)
+def test_the_soft_penalty_falls_over_the_last_tokens_of_the_budget(length: int, cut_off: bool, wanted: float) -> None:
+    """A budget of 100 tokens, the last 40 of which cost up to 0.5."""
+    overlong = Overlong(rule="penalty", limit=100, buffer=0.4, weight=0.5)
+    assert penalty(answered(length, 1.0, cut_off=cut_off), overlong) == pytest.approx(wanted)
+    assert penalty(answered(length, 1.0, cut_off=cut_off), replace(overlong, rule="mask")) == 0.0
+
+
+def test_the_penalty_makes_the_shorter_of_two_right_answers_better() -> None:
+    members = group(answered(10, 1.0), answered(90, 1.0))
+    assert not group_advantages(members, "mean").any()
+    advantages = group_advantages(members, "mean", Overlong(rule="penalty", limit=100, buffer=0.4, weight=1.0))
+    assert advantages == pytest.approx([0.375, -0.375])

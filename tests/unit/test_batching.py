@@ -127,6 +127,12 @@ def test_a_rank_without_rows_gets_an_empty_microbatch_that_trains_nothing() -> N
     assert second[0].num_tokens == 0
 
 
+def test_a_batch_without_a_token_to_train_still_has_a_microbatch_on_every_rank() -> None:
+    plan = microbatches([], envs=ENVS, max_tokens=100, num_ranks=2)
+    assert [len(rank) for rank in plan] == [1, 1]
+    assert not plan[0][0].loss_mask.any()
+
+
 def test_what_follows_the_last_trained_token_is_cut_off_and_the_first_token_never_trains() -> None:
     (microbatch,) = microbatches([row(100, slice(0, 3))], envs=ENVS, max_tokens=1000)[0]
     assert microbatch.token_ids.shape == (1, 3)
