@@ -206,9 +206,11 @@ class Run:
         return [ray.put(groups[name]) for name in names]
 
     def saved(self, version: int) -> None:
-        """A checkpoint covers what was trained so far: journal and drafts keep only what is still to train."""
+        """A checkpoint covers what was trained so far: journal and drafts keep what is still to train, and what `replay` may ask for."""
         unfinished = [entry.group_id for entry in self.ledger.open()]
-        self.journal.prune([*unfinished, *self.reusable()])
+        keep = self.config.learner.keep_batches
+        if keep != "all":
+            self.journal.prune([*unfinished, *self.reusable(), *self.ledger.trained_since(version - int(keep))])
         if self.pool is not None:
             self.pool.settle(unfinished)
 

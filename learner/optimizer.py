@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -101,6 +103,22 @@ def connect(*, rank: int, world_size: int, address: str, port: int, timeout_s: f
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=datetime.timedelta(seconds=timeout_s)
     )
+
+
+@contextmanager
+def solo() -> Iterator[None]:
+    """A process group of one rank in this process, for work outside of a run; one that is there already is used."""
+    if dist.is_initialized():
+        yield
+        return
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    connect(rank=0, world_size=1, address="127.0.0.1", port=port, timeout_s=60)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def make_engine(

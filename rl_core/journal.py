@@ -109,6 +109,13 @@ class GroupJournal:
             self._writer = self._file = None
 
 
+def read_groups(folder: Path, names: Collection[str]) -> dict[str, Group]:
+    """Those of the groups `names` that are in the journal in `folder`, whoever writes it."""
+    wanted = set(names)
+    found = {name: group for path in segments(folder) for name, group in read_segment(path, wanted) if group is not None}
+    return {name: found[name] for name in names if name in found}
+
+
 def segments(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(folder.glob("*.arrow"))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -193,6 +193,10 @@ class Ledger:
         query = "SELECT group_id, uses FROM tasks WHERE version > ? AND uses < ?"
         return dict(self._db.execute(query, (self.version - max_staleness, max_uses)).fetchall())
 
+    def trained_since(self, version: int) -> list[str]:
+        """The groups that made versions above `version`."""
+        return [row[0] for row in self._db.execute("SELECT group_id FROM tasks WHERE version > ? AND state = 'trained'", (version,))]
+
     def open(self) -> list[Entry]:
         """Tasks without a final state, in the order in which they were drawn."""
         columns = "ticket, group_id, env, task_key, position, attempt, state"
@@ -260,6 +264,13 @@ class Ledger:
             self._db.execute("COMMIT")
         finally:
             self._db.execute("PRAGMA synchronous=NORMAL")
+
+
+def read_batch(path: Path, version: int) -> list[str]:
+    """The groups that made `version`, in the order in which they were trained; empty if none did. Of a finished or a running run."""
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        rows = db.execute("SELECT group_id FROM tasks WHERE version = ? AND state = ? ORDER BY ticket", (version, State.TRAINED))
+        return [row[0] for row in rows]
 
 
 def read_balance(path: Path) -> list[Balance]:

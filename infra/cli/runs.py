@@ -46,7 +46,7 @@ def resume(run: RunName = "latest", overrides: Overrides = None, runs_dir: RunsD
     """Go on with RUN where it stopped, was killed or failed; no step is trained twice.
 
     Of its config, the end (loop.steps) and what does not touch its results may be changed: eval.*, rollout.*, sandbox,
-    loop.stall_s, learner.checkpoint_every.
+    loop.stall_s, learner.checkpoint_every, learner.keep_batches.
     """
     stored = RunStore.find(runs_dir, run)
     state = stored.state
@@ -68,7 +68,7 @@ def resume(run: RunName = "latest", overrides: Overrides = None, runs_dir: RunsD
     _launch(launch, checked, stored.run_dir)
 
 
-MAY_CHANGE = ("loop.steps", "loop.stall_s", "eval.", "rollout.", "sandbox", "learner.checkpoint_every")
+MAY_CHANGE = ("loop.steps", "loop.stall_s", "eval.", "rollout.", "sandbox", "learner.checkpoint_every", "learner.keep_batches")
 """Keys that a resumed run may have otherwise than before; with any other it would not be the same run."""
 
 

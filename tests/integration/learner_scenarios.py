@@ -17,10 +17,13 @@ from deepspeed.utils import safe_get_full_grad
 from learner import checkpoint
 from learner.guard import ENOUGH
 from learner.learner import Learner, StalenessError
+from learner.make import make_learner
 from learner.model import PolicyModel
 from learner.optimizer import connect
 from rl_core.advantages import group_advantages
-from rl_core.config import ImportanceConfig, LearnerConfig
+from rl_core.config import EnvironmentConfig, ImportanceConfig, LearnerConfig, ModelConfig, RunConfig
+from rl_core.journal import GroupJournal
+from rl_core.ledger import Ledger, group_id
 from rl_core.types import Group, StepStats, VersionSpan
 from tests.integration.learner_ranks import completion, group, random_groups, rollout
 
@@ -146,6 +149,54 @@ def resume(rank: int, folder: Path, *, name: str, **changes: Any) -> Any:
         "folder": found.name,
         "files": sorted(p.name for p in found.iterdir()),
     }
+
+
+def replays(rank: int, folder: Path) -> Any:
+    """A run of three steps as its folder remembers it, and each step replayed from there, once under other rules.
+
+    Checkpoints: none before step 1 (the initial weights), one before step 2, none before step 3 (step 2 is done again).
+    """
+    run_dir, envs = folder / "run", {name: EnvironmentConfig(temperature=t) for name, t in TEMPERATURES.items()}
+    config = RunConfig(model=ModelConfig(path=str(folder / "model")), environments=envs, learner=small_config())
+    run_dir.mkdir()
+    ledger, journal, learner = Ledger(run_dir / "ledger.sqlite"), GroupJournal(run_dir / "journal"), make_learner(config)
+    recorded = []
+    for step in range(1, 4):
+        batch = []
+        for each in random_groups(3, vocab=VOCAB, seed=step, version=step - 1):
+            ticket = ledger.draw(each.task, ticket_count(ledger))
+            batch.append(replace(each, id=group_id(ticket)))
+            journal.append(batch[-1])
+            ledger.ready(batch[-1].id)
+        learner.accumulate(batch)
+        recorded.append(dict(learner.apply().metrics))
+        ledger.train([g.id for g in batch], step)
+        if step == 1:
+            learner.save(run_dir / "checkpoints")
+    journal.close()
+
+    def again(step: int, rules: RunConfig) -> list[tuple[str, float | None, float | None]]:
+        source = replay.source_of(run_dir, step)
+        batches = source.batches(run_dir, step)
+        weights = replay.weights_before(config, source, batches, folder / f"before-{step}")
+        return [
+            (f.name, f.recorded, f.recomputed)
+            for f in replay.compare(recorded[step - 1], replay.replay(rules, weights, step, batches[step]))
+        ]
+
+    masked = replace(config, learner=small_config(importance={"rule": "icepop"}))
+    answers = {"same": [again(step, config) for step in (1, 2, 3)], "icepop": again(2, masked)}
+    for path in (run_dir / "journal").iterdir():
+        path.unlink()
+    try:
+        again(2, config)
+    except replay.CannotReplay as refusal:
+        answers["pruned"] = str(refusal)
+    return answers
+
+
+def ticket_count(ledger: Ledger) -> int:
+    return sum(counts["position"] for counts in ledger.counts().values())
 
 
 def bandit(rank: int, folder: Path, *, count: int) -> Any:

@@ -29,6 +29,7 @@ ONE_RANK = [
     ("bfloat16", "steps", {"count": 3, "dtype": "bfloat16", "microbatch_tokens": 64}),
     ("no_mtp", "steps", {"count": 1, "mtp_loss_weight": 0.0}),
     ("resume", "resume", {"name": "resume1"}),
+    ("replays", "replays", {}),
     ("refusals", "refusals", {}),
     ("agreement", "agreement", {}),
     ("bad_steps", "bad_steps", {}),
@@ -167,6 +168,25 @@ def test_a_bad_step_leaves_every_rank_as_it_was_and_says_why(one: dict[str, Any]
         assert all("the gradient of the policy is" in s and "times the median of the last 8 steps" in s for s in answer["spikes"])
         assert answer["versions"] == [9, 9]
         assert answer["equal"], "weights and optimizer are those of a learner that never saw the bad steps"
+
+
+def test_every_stored_step_replays_to_its_loss_masks_and_gradient_norm_to_the_last_bit(one: dict[str, Any]) -> None:
+    for figures in one["replays"][0]["same"]:
+        assert {"learner/loss", "learner/grad_norm", "learner/mtp_grad_norm", "env/math/masked_share"} <= {name for name, _, _ in figures}
+        assert [recomputed for _, _, recomputed in figures] == [recorded for _, recorded, _ in figures]
+
+
+def test_a_replay_under_another_rule_shows_what_that_rule_would_have_masked(one: dict[str, Any]) -> None:
+    figures = {name: (recorded, other) for name, recorded, other in one["replays"][0]["icepop"]}
+    assert figures["env/math/masked_share"][0] == 0.0
+    assert figures["env/math/masked_share"][1] > 0.0
+    assert figures["learner/trained_tokens"][0] == figures["learner/trained_tokens"][1]
+    assert figures["learner/entropy"][0] == figures["learner/entropy"][1]
+    assert figures["learner/grad_norm"][0] != figures["learner/grad_norm"][1]
+
+
+def test_a_step_whose_batch_was_pruned_is_refused_with_what_to_set(one: dict[str, Any]) -> None:
+    assert "3 of the 3 groups of step 2 are no longer in the journal; run with learner.keep_batches" in one["replays"][0]["pruned"]
 
 
 def test_tokens_that_are_too_old_or_too_new_are_refused_with_their_numbers(one: dict[str, Any]) -> None:
