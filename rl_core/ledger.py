@@ -184,9 +184,7 @@ class Ledger:
 
     def batch(self, version: int) -> list[str]:
         """The groups that made `version`, in the order in which they were trained."""
-        fresh = self._db.execute("SELECT group_id FROM tasks WHERE version = ? ORDER BY ticket", (version,))
-        again = self._db.execute("SELECT group_id FROM reuses WHERE version = ? ORDER BY rowid", (version,))
-        return [row[0] for row in (*fresh, *again)]
+        return _batch(self._db, version)
 
     def reusable(self, max_staleness: int, max_uses: int) -> dict[str, int]:
         """{group: its uses} of trained groups that may train once more, as far as the ledger knows: some are too old."""
@@ -194,8 +192,9 @@ class Ledger:
         return dict(self._db.execute(query, (self.version - max_staleness, max_uses)).fetchall())
 
     def trained_since(self, version: int) -> list[str]:
-        """The groups that made versions above `version`."""
-        return [row[0] for row in self._db.execute("SELECT group_id FROM tasks WHERE version > ? AND state = 'trained'", (version,))]
+        """The groups that made versions above `version`, for the first time or once more."""
+        query = "SELECT group_id FROM tasks WHERE version > ? UNION SELECT group_id FROM reuses WHERE version > ?"
+        return [row[0] for row in self._db.execute(query, (version, version))]
 
     def open(self) -> list[Entry]:
         """Tasks without a final state, in the order in which they were drawn."""
@@ -269,8 +268,14 @@ class Ledger:
 def read_batch(path: Path, version: int) -> list[str]:
     """The groups that made `version`, in the order in which they were trained; empty if none did. Of a finished or a running run."""
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
-        rows = db.execute("SELECT group_id FROM tasks WHERE version = ? AND state = ? ORDER BY ticket", (version, State.TRAINED))
-        return [row[0] for row in rows]
+        return _batch(db, version)
+
+
+def _batch(db: sqlite3.Connection, version: int) -> list[str]:
+    """Those that trained for the first time, then those that did once more."""
+    fresh = db.execute("SELECT group_id FROM tasks WHERE version = ? ORDER BY ticket", (version,))
+    again = db.execute("SELECT group_id FROM reuses WHERE version = ? ORDER BY rowid", (version,))
+    return [row[0] for row in (*fresh, *again)]
 
 
 def read_balance(path: Path) -> list[Balance]:

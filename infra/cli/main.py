@@ -11,7 +11,18 @@ import sys
 import typer
 
 from environments.registry import BrokenEnvironment, UnknownEnvironment
-from infra.cli import audits, chaos, clusters, envs, replays, results, rewards, runs, tools
+from infra.cli import (
+    audits,
+    chaos,
+    clusters,
+    envs,
+    models,
+    replays,
+    results,
+    rewards,
+    runs,
+    tools,
+)
 from infra.errors import UsageError
 from rl_core.config import ConfigError
 from rl_core.run_store import NoSuchRun
@@ -25,7 +36,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for module in (runs, chaos, clusters, results, replays, audits, envs, rewards, tools):
+for module in (
+    runs,
+    chaos,
+    clusters,
+    results,
+    replays,
+    audits,
+    envs,
+    rewards,
+    models,
+    tools,
+):
     module.register(app)
 
 

@@ -1,9 +1,7 @@
-"""polyrl config, model, bench, doctor: everything that is not about a run or an environment."""
+"""polyrl config, bench, doctor: everything that is not about a run, a model or an environment."""
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +11,6 @@ import typer
 from infra.cli.common import Json, Overrides, print_json
 from infra.preflight import preflight
 from rl_core.config import EnvironmentConfig, RunConfig, load_config, reference, to_yaml
-from rl_core.process_env import cpu_environment
 
 
 def register(app: typer.Typer) -> None:
@@ -21,9 +18,6 @@ def register(app: typer.Typer) -> None:
     config.command("show")(config_show)
     config.command("check")(config_check)
     app.add_typer(config, name="config")
-    model = typer.Typer(help="Models: make the small one.", no_args_is_help=True, rich_markup_mode=None)
-    model.command("seed")(model_seed)
-    app.add_typer(model, name="model")
     app.command("bench")(bench)
     app.command("doctor")(doctor)
 
@@ -47,22 +41,6 @@ def config_check(config: Annotated[Path, typer.Argument(metavar="CONFIG")], over
     checked = load_config(config, overrides or [])
     preflight(checked)
     typer.echo(f"{config}: fine. {_in_words(checked)}")
-
-
-def model_seed(
-    out: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")] = Path("configs/models/seed"),
-    seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Supervised steps.")] = 2200,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-) -> None:
-    """Train the small hybrid model from nothing, on demonstrations by the environments' oracles."""
-    wanted = cpu_environment(threads)
-    if any(name not in os.environ for name in wanted):  # the allocator reads its settings when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**wanted, **os.environ, "OMP_NUM_THREADS": str(threads)})
-    from learner.seed.train import train_seed
-
-    train_seed(out, seed=seed, steps=steps, threads=threads)
-    typer.echo(f"wrote {out}")
 
 
 def bench(

@@ -13,8 +13,10 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from learner import checkpoint
+from learner import checkpoint, replay
+from learner.export import BadCheckpoint, export
 from learner.guard import ENOUGH
 from learner.learner import Learner, StalenessError
 from learner.make import make_learner
@@ -24,6 +26,7 @@ from rl_core.advantages import group_advantages
 from rl_core.config import EnvironmentConfig, ImportanceConfig, LearnerConfig, ModelConfig, RunConfig
 from rl_core.journal import GroupJournal
 from rl_core.ledger import Ledger, group_id
+from rl_core.trajectories import trajectories
 from rl_core.types import Group, StepStats, VersionSpan
 from tests.integration.learner_ranks import completion, group, random_groups, rollout
 
@@ -120,6 +123,67 @@ def reference(rank: int, folder: Path) -> Any:
     found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None and id(p) not in routers}
     safetensors.torch.save_file(found, folder / "reference.safetensors")
     return float(total)
+
+
+def make_tiny_llama(folder: Path) -> Path:
+    """A checkpoint as anybody might bring one: no Mamba, no experts, no MTP, embedding and head tied."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def llama(rank: int, folder: Path) -> Any:
+    """One step of a Llama, its gradients against Transformers' own model and the formula in plain torch, one row at a time."""
+    path = make_tiny_llama(folder / "llama")
+    groups = random_groups(4, vocab=VOCAB, seed=3)
+    learner = Learner(PolicyModel.from_pretrained(path), small_config(), temperatures=TEMPERATURES, max_staleness=0)
+    before = weights(learner)
+    learner.accumulate(groups)
+    found = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in learner.model.named_parameters()}
+    stats = learner.apply()
+    learner.save(folder / "llama-run")
+
+    plain = LlamaForCausalLM.from_pretrained(path).double()
+    rows = [t for g in groups for t in trajectories(g, "grpo")]
+    total, count = torch.zeros((), dtype=torch.float64), sum(int(r.loss_mask.sum()) for r in rows)
+    for row in rows:
+        ids = torch.from_numpy(row.token_ids.astype(np.int64))
+        own = (plain(ids[None]).logits[0, :-1] / TEMPERATURES[row.env]).log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        weight = (own.detach() - torch.from_numpy(row.logprobs[1:]).double()).exp()
+        total = total - (weight * row.advantage * (own - own.detach()).exp())[row.loss_mask[1:]].sum() / count
+    total.backward()
+    wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    scale = max(float(g.abs().max()) for g in wanted.values())
+    return {
+        "names": sorted(found) == sorted(wanted),
+        "error": max(float((found[name] - grad).abs().max()) for name, grad in wanted.items()) / scale,
+        "loss": [stats.metrics["learner/loss"], float(total)],
+        "changed": sum(not torch.equal(before[name], tensor) for name, tensor in weights(learner).items()) / len(before),
+        "engine_names": sorted(before) == sorted(safetensors.torch.load_file(path / "model.safetensors")),
+        "export": export(folder / "llama-run" / "step-000001" / "model", folder / "llama-export"),
+    }
+
+
+def exported(rank: int, folder: Path) -> Any:
+    """A checkpoint of the hybrid, exported: what Transformers loads of it, and what is there for vLLM's draft."""
+    learner = make(folder)
+    learner.save(folder / "export-run")
+    counts = export(folder / "export-run" / "step-000000" / "model", folder / "export")
+    again = PolicyModel.from_pretrained(folder / "export").engine_state()
+    same = all(torch.equal(tensor, again[name]) for name, tensor in learner.model.engine_state().items())
+    (folder / "export" / "model.safetensors").write_bytes(
+        safetensors.torch.save({name: t.contiguous() for name, t in again.items() if name != "lm_head.weight"}, metadata={"format": "pt"})
+    )
+    try:
+        export(folder / "export", folder / "broken")
+    except BadCheckpoint as error:
+        return counts | {"same": same, "broken": str(error)}
+    return counts | {"same": same}
 
 
 def resume(rank: int, folder: Path, *, name: str, **changes: Any) -> Any:

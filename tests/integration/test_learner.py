@@ -30,6 +30,8 @@ ONE_RANK = [
     ("no_mtp", "steps", {"count": 1, "mtp_loss_weight": 0.0}),
     ("resume", "resume", {"name": "resume1"}),
     ("replays", "replays", {}),
+    ("llama", "llama", {}),
+    ("exported", "exported", {}),
     ("refusals", "refusals", {}),
     ("agreement", "agreement", {}),
     ("bad_steps", "bad_steps", {}),
@@ -168,6 +170,24 @@ def test_a_bad_step_leaves_every_rank_as_it_was_and_says_why(one: dict[str, Any]
         assert all("the gradient of the policy is" in s and "times the median of the last 8 steps" in s for s in answer["spikes"])
         assert answer["versions"] == [9, 9]
         assert answer["equal"], "weights and optimizer are those of a learner that never saw the bad steps"
+
+
+def test_a_llama_takes_a_real_step_with_the_gradients_of_its_formula_and_is_written_back(one: dict[str, Any]) -> None:
+    answer = one["llama"][0]
+    assert answer["names"]
+    assert answer["engine_names"]
+    assert answer["error"] < 1e-4
+    assert answer["loss"][0] == pytest.approx(answer["loss"][1], rel=1e-4, abs=1e-6)
+    assert answer["changed"] == 1.0
+    assert answer["export"]["mtp_parameters"] == 0
+
+
+def test_an_exported_checkpoint_is_complete_and_one_that_lacks_a_weight_is_refused(one: dict[str, Any]) -> None:
+    answer = one["exported"][0]
+    assert answer["same"]
+    assert answer["mtp_parameters"] > 10_000
+    assert answer["parameters"] > answer["mtp_parameters"]
+    assert "missing ['lm_head.weight']" in answer["broken"]
 
 
 def test_every_stored_step_replays_to_its_loss_masks_and_gradient_norm_to_the_last_bit(one: dict[str, Any]) -> None:
