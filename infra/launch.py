@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from rl_core.evaluation import EvalResult, evaluate
 from rl_core.events import Event, Sink
 from rl_core.faults import unusable
 from rl_core.journal import GroupJournal
-from rl_core.ledger import Ledger
+from rl_core.ledger import Ledger, State
 from rl_core.loop import Budget, RunError, train
 from rl_core.mixer import Mixer
 from rl_core.recovery import recover
@@ -147,6 +148,7 @@ class Run:
                 return "stopped", f"stopped after step {version} of {config.loop.steps}; `polyrl resume {self.run_dir.name}` goes on"
             if await self.interruptible(self.evaluation(pool, "after", version, config.eval.tasks)) is None:
                 return "stopped", f"stopped in the final evaluation; the checkpoint of step {version} is saved"
+        shutil.rmtree(self.run_dir / "drafts", ignore_errors=True)
         return "finished", ""
 
     def describe(self) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class Run:
         """Engines and learner start beside each other; what has started is stopped even if the other fails."""
 
         async def pool() -> Pool:
-            unfinished = [entry.group_id for entry in self.ledger.open()]
+            unfinished = [entry.group_id for entry in self.ledger.open() if entry.state is State.DRAWN]
             started = await Pool.start(self.config, run_dir=self.run_dir, unfinished=unfinished)
             self.pool = started
             parts.push_async_callback(started.aclose)

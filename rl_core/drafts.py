@@ -40,8 +40,10 @@ class Draft:
     """Set when the rollout was finished: its header (rl_core/journal.py)."""
 
     def rollout(self, task: Task) -> Rollout | None:
-        """The finished rollout, or None."""
-        return None if self.end is None else to_rollout(self.end, self.completions, env=task.env, task_key=task.key)
+        """The finished rollout of `task`, or None. After a power cut a group's name may come again with another task."""
+        if self.end is None or self.end["task"] != [task.env, task.key]:
+            return None
+        return to_rollout(self.end, self.completions, env=task.env, task_key=task.key)
 
     @property
     def min_version(self) -> int | None:
@@ -63,7 +65,8 @@ class DraftFile:
 
     def end(self, group_id: str, index: int, rollout: Rollout) -> None:
         """The rollout has its verdict; its turns have been added."""
-        self._write({"group": group_id, "index": index, "turns": len(rollout.completions), "end": rollout_header(rollout)}, [])
+        end = rollout_header(rollout) | {"task": [rollout.env, rollout.task_key]}
+        self._write({"group": group_id, "index": index, "turns": len(rollout.completions), "end": end}, [])
 
     def close(self) -> None:
         self._writer.close()

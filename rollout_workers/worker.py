@@ -88,7 +88,7 @@ class RolloutWorker:
         group = Group(id=job.group_id, task=job.task, rollouts=tuple(r.result() for r in running))
         if job.task.env in self._recipes:
             group = await reward_group(group, self._recipes[job.task.env])
-        kept = sum(draft.end is not None for draft in job.drafts.values())
+        kept = sum(draft.rollout(job.task) is not None for draft in job.drafts.values())
         return group, replace(GroupResult.of(group, loop.time() - began), kept=kept, continued=len(continued))
 
     async def load_weights(self, version: int, blob: NDArray[np.uint8]) -> Receipt:

@@ -101,6 +101,7 @@ def test_a_finished_rollout_comes_back_whole_with_its_verdict(tmp_path: Path) ->
     assert again is not None
     assert replace(again, completions=()) == replace(rollout, completions=())
     assert all(same(a, b) for a, b in zip(again.completions, turns, strict=True))
+    assert only(tmp_path).rollout(replace(TASK, key="another")) is None
 
 
 def test_a_rollout_that_starts_again_forgets_what_it_was(tmp_path: Path) -> None:
