@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 
 import gymnasium
 
+from environments.files import file_tasks
 from environments.spaces import MessagesSpace, TurnSpace
 from rl_core.seams import Observation
 from rl_core.types import Message, Status, Task, Turn, Verdict
@@ -60,6 +61,8 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
     """Stored in every verdict; raise it when the same answer may score differently."""
     needs_sandbox: ClassVar[bool] = False
     """Its verifier runs programs that the policy wrote: no run starts where nothing can isolate them."""
+    file_columns: ClassVar[Mapping[str, bool]] = {}
+    """Columns that `row_draft` reads, and whether each row must have them. Empty: this environment reads no files."""
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
 
     def __init__(self, **options: Any) -> None:
@@ -75,6 +78,11 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
     @abstractmethod
     def make_task(cls, rng: random.Random, options: Mapping[str, Any]) -> TaskDraft:
         """Draw one task. Everything random comes from `rng`; `options` are the config's difficulty knobs."""
+
+    @classmethod
+    def row_draft(cls, row: Mapping[str, Any]) -> TaskDraft:
+        """A row of a file as a task; `row` has the columns of `file_columns`. Raises ValueError for what makes no task."""
+        raise ValueError(f"environment {cls.id!r} reads no files")
 
     @abstractmethod
     def begin(self, task: Task) -> Observation:
@@ -125,6 +133,8 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
         """The task at one position of the stream."""
         if split not in ("train", "eval"):
             raise ValueError(f"split {split!r}, wanted 'train' or 'eval'")
+        if options.get("file"):
+            return file_tasks(cls, options).task_at(split, seed, index)
         for attempt in range(10_000):
             item_seed = _hash_int(cls.id, split, seed, index, attempt)
             draft = cls.make_task(random.Random(item_seed), options)

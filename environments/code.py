@@ -24,13 +24,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from environments import files
 from environments.base import TaskDraft, TextEnv, as_honeypot, unguessable
 from environments.code_pipelines import KINDS, Pipeline, Step, draw_inputs, draw_pipeline
 from environments.knobs import check_choices, check_range, read_knobs, shows_working
 from rl_core.seams import Observation
 from rl_core.types import Message, Status, Task, Turn, Verdict
 
-KNOBS = {"kinds": list(KINDS), "num_steps": 3, "digits": 2, "cases": 8}
+KNOBS = {"kinds": list(KINDS), "num_steps": 3, "digits": 2, "cases": 8, **files.KNOBS}
 MAX_PROGRAM_CHARS = 20_000
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
@@ -42,6 +43,7 @@ class CodeEnv(TextEnv):
     num_steps       steps of a pipeline [3]; 2 is easier, 8 is hard
     digits          digits of a step's constant [2]
     cases           hidden inputs per task [8]
+    file, columns   tasks from a file instead: see environments/files.py
     """
 
     id: ClassVar[str] = "code"
@@ -68,8 +70,32 @@ class CodeEnv(TextEnv):
         private = {"inputs": inputs, "expected": [pipeline.compute(value) for value in inputs]}
         return TaskDraft(public=public, private=private, difficulty=pipeline.kind)
 
+    file_columns: ClassVar[Mapping[str, bool]] = {
+        "prompt": True, "inputs": True, "expected": True, "mode": False, "entry": False, "solution": False, "difficulty": False,
+    }  # fmt: skip
+
+    @classmethod
+    def row_draft(cls, row: Mapping[str, Any]) -> TaskDraft:
+        """`inputs` and `expected` are lists, one element per case: what the function `entry` gets and returns, or standard input and
+        output as text where `mode` is stdin."""
+        inputs, expected = files.json_list(row["inputs"], "inputs"), files.json_list(row["expected"], "expected")
+        mode = str(row.get("mode", "function"))
+        if len(inputs) != len(expected):
+            raise ValueError(f"{len(inputs)} inputs and {len(expected)} expected outputs, wanted as many")
+        if mode not in ("function", "stdin"):
+            raise ValueError(f"mode is {mode!r}, wanted function or stdin")
+        if mode == "stdin" and not all(isinstance(x, str) for x in (*inputs, *expected)):
+            raise ValueError("mode is stdin, so inputs and expected must be texts")
+        return TaskDraft(
+            public={"prompt": str(row["prompt"]), "mode": mode, "entry": str(row.get("entry", "f"))},
+            private={"inputs": inputs, "expected": expected},
+            hint={"solution": str(row["solution"])} if "solution" in row else {},
+            difficulty=str(row.get("difficulty", "file")),
+        )
+
     def begin(self, task: Task) -> Observation:
-        return Observation(messages=(Message(role="user", content=pipeline_of(task).prompt()),))
+        prompt = task.public.get("prompt") or pipeline_of(task).prompt()
+        return Observation(messages=(Message(role="user", content=prompt),))
 
     def act(self, turn: Turn) -> Verdict:
         assert self.task is not None
@@ -85,6 +111,8 @@ class CodeEnv(TextEnv):
     def second_opinion(self, turns: Sequence[Turn]) -> bool | None:
         """The program is right on inputs that were not graded: one that knows the cases, or fakes their results, is not."""
         assert self.task is not None
+        if "prompt" in self.task.public:
+            return None  # a row of a file: nobody can make more cases
         pipeline, graded = pipeline_of(self.task), self.task.private["inputs"]
         inputs = draw_inputs(random.Random(f"second opinion {self.task.key}"), pipeline, len(graded))
         fresh = [value for value in inputs if value not in graded]
@@ -99,6 +127,8 @@ class CodeEnv(TextEnv):
 
     def oracle(self, observation: Observation, rng: random.Random) -> Turn:
         assert self.task is not None
+        if "prompt" in self.task.public:
+            return Turn(content=self.task.private["solution"]) if "solution" in self.task.private else super().oracle(observation, rng)
         pipeline = pipeline_of(self.task)
         if shows_working(self.knobs, rng):
             return Turn(thought=pipeline.plan(), content=pipeline.stepwise())
@@ -110,13 +140,14 @@ class CodeEnv(TextEnv):
         from reward_models.code_cases import grade_cases
 
         assert self.task is not None
-        pipeline = pipeline_of(self.task)
+        public = self.task.public
+        mode = public["mode"] if "prompt" in public else pipeline_of(self.task).mode
         sandbox = choose_sandbox(self.knobs["sandbox"])
-        result = sandbox.run(SandboxJob(program=program, mode=pipeline.mode, inputs=tuple(inputs)))
+        result = sandbox.run(SandboxJob(program=program, mode=mode, inputs=tuple(inputs), entry=public.get("entry", "f")))
         evidence = {"program": program[:2000], "sandbox": result.kind, "stderr": result.stderr_tail[-500:]}
         if result.kind == "infra_error":
             return Verdict(status=Status.INFRA_ERROR, reward=None, evidence=evidence, verifier_version=self.version)
-        score = grade_cases(result.stdout, expected, text=pipeline.mode == "stdin")
+        score = grade_cases(result.stdout, expected, text=mode == "stdin")
         # Memory that ran out shows as cases that failed; where none did, every answer came out in time and is right.
         correct = float(score.correct and result.kind in ("finished", "oom"))
         late = score.timed_out or result.kind == "timeout"

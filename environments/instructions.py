@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
+from environments import files
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
 from environments.knobs import check_choices, check_range, read_knobs, shows_working
 
@@ -195,6 +196,7 @@ RULES: dict[str, Rule] = {
 
 KNOBS: dict[str, Any] = {
     "kinds": list(RULES), "min_rules": 1, "max_rules": 3, "min_words": 3, "max_words": 8, "max_lines": 1, "style": "brief",
+    **files.KNOBS,
 }  # fmt: skip
 
 
@@ -206,6 +208,7 @@ class InstructionsEnv(TextEnv):
     min_words, max_words  of the text [3, 8]
     max_lines             of the text [1]
     style                 brief for small models, or full sentences [brief]
+    file, columns         prompts from a file, each with its rules: see environments/files.py
     """
 
     id: ClassVar[str] = "instructions"
@@ -221,6 +224,17 @@ class InstructionsEnv(TextEnv):
         text = draw_text(rng, knobs)
         rules = draw_rules(rng, text, knobs)
         return TaskDraft(public={"rules": rules, "style": knobs["style"]}, hint={"text": text}, difficulty=f"{len(rules)} rules")
+
+    file_columns: ClassVar[Mapping[str, bool]] = {"prompt": True, "rules": True, "difficulty": False}
+
+    @classmethod
+    def row_draft(cls, row: Mapping[str, Any]) -> TaskDraft:
+        """`rules` is a list such as [["words", 5], ["first", "oak"]], or the text of one; the prompt says them in its own words."""
+        rules = files.json_list(row["rules"], "rules")
+        for rule in rules:
+            check_rule(rule)
+        public = {"prompt": str(row["prompt"]), "rules": rules}
+        return TaskDraft(public=public, difficulty=str(row.get("difficulty", f"{len(rules)} rules")))
 
     def begin(self, task: Task) -> Observation:
         return Observation(
@@ -268,6 +282,17 @@ def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
     ):  # fmt: skip
         check_range(env, name, knobs[name], low, high)
     return knobs
+
+
+def check_rule(rule: Any) -> None:
+    """Raise ValueError unless it is [name, arguments...] of a rule that there is."""
+    name, *arguments = rule if isinstance(rule, list) and rule else [None]
+    if name not in RULES:
+        raise ValueError(f"rule {rule!r}: wanted a list that begins with one of {', '.join(RULES)}")
+    try:
+        RULES[name].holds("a b", *arguments)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"rule {rule!r}: {error}; it reads {RULES[name].full!r}") from error
 
 
 def draw_text(rng: random.Random, knobs: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from environments import files
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict, as_honeypot, unguessable
 from environments.knobs import check_choices, check_range, read_knobs, shows_working
 from environments.math_algebra import KINDS as ALGEBRA
@@ -24,7 +25,7 @@ from reward_models import math_answer
 from reward_models.math_answer import AnswerSpec
 
 KINDS = ("add", "sub", "mul", "chain", "equation", "word")
-KNOBS: dict[str, Any] = {"digits": 4, "terms": 6, "kinds": list(KINDS), "system": ""}
+KNOBS: dict[str, Any] = {"digits": 4, "terms": 6, "kinds": list(KINDS), "system": "", **files.KNOBS}
 """kinds: of KINDS and ALGEBRA. digits: of the numbers in `add` and `sub`; the other kinds have one fewer. terms: single digits in a
 chain. system: a system message."""
 
@@ -72,6 +73,13 @@ class MathEnv(TextEnv):
             public, answer = {"a": a, "b": b, "operator": operator}, a + b if operator == "+" else a - b
         question = ask(kind, public, rng)
         return TaskDraft(public={"kind": kind, "question": question} | public, private={"answer": str(answer)}, difficulty=kind)
+
+    file_columns: ClassVar[Mapping[str, bool]] = {"question": True, "answer": True, "difficulty": False}
+
+    @classmethod
+    def row_draft(cls, row: Mapping[str, Any]) -> TaskDraft:
+        public = {"kind": "file", "question": str(row["question"])}
+        return TaskDraft(public=public, private={"answer": str(row["answer"])}, difficulty=str(row.get("difficulty", "file")))
 
     def begin(self, task: Task) -> Observation:
         math_answer.read_gold(AnswerSpec.from_task(task.private))  # an unusable gold ends the episode here, before a token is sampled
@@ -160,6 +168,8 @@ def ask(kind: str, public: Mapping[str, Any], rng: random.Random) -> str:
 
 def working(public: Mapping[str, Any]) -> str:
     """A derivation in which each next token follows from a few earlier ones by a look-up of single digits."""
+    if public["kind"] == "file":
+        return ""
     if public["kind"] == "chain":
         return chain_working(public["steps"])
     a, b, operator = public["a"], public["b"], public["operator"]
