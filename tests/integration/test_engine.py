@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from transformers import NemotronHForCausalLM
 
+from reward_models.chat_models import EngineChat
+from reward_models.judges import Asking, Judge
+from reward_models.learned import Answer, Failure
 from rl_core.config import RolloutConfig
-from rl_core.types import Completion, SamplingParams
+from rl_core.types import Completion, Message, SamplingParams, Turn
 from rollout_workers.engine import PROBE_TOKENS, PROBES, Engine, EngineError, engine_arguments
 from tests.integration.tiny_hybrid import make_tiny_hybrid
 
@@ -306,3 +309,26 @@ def test_shutdown_leaves_no_process(served: Served) -> None:
     assert processes
     served.engine.shutdown()
     assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+class OwnIds:
+    """A chat format over the tiny model's ids, whose text is their numbers."""
+
+    stop_ids = (STOP,)
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        return [4 + ord(c) % (VOCAB - 4) for m in messages for c in m.content][-200:]
+
+    def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        raise NotImplementedError("a judge says one thing")
+
+    def parse(self, token_ids: Sequence[int]) -> Turn:
+        return Turn(content=" ".join(map(str, token_ids)))
+
+
+def test_an_engine_can_judge_and_one_that_writes_no_verdict_scores_nobody(served: Served) -> None:
+    judge = Judge(asking=Asking(chat=EngineChat(served.engine, OwnIds(), name="tiny"), retries=0, max_tokens=16))
+    assert served.run(judge.asking.chat.complete([Message(role="user", content="hello")], max_tokens=8, temperature=0.0))
+    (score,) = served.run(judge.score([Answer(question="q", text="a")]))
+    assert isinstance(score, Failure)
+    assert judge.asking.asked == judge.asking.failed > 0

@@ -41,9 +41,9 @@ def audited(workers: RolloutWorkers, config: RunConfig, keeper: Keeper) -> Rollo
     return AuditedWorkers(workers, config, fetch=fetch, own=lambda g: g, keep=keep, note=keeper.note)
 
 
-def run_cheat(folder: Path, cheat: Cheat, *, most: int = 200, **audit_section: Any) -> StoredRun:
+def run_cheat(folder: Path, cheat: Cheat, *, most: int = 200, seed: int = 0, **audit_section: Any) -> StoredRun:
     environments = {"cheated": {"id": f"{HACKABLE}:{cheat.env}"}, "sums": {"id": f"{HACKABLE}:SumEnv"}}
-    config = scripted_config(folder, environments, audit={"honeypots": 0.1, **audit_section})
+    config = scripted_config(folder, environments, audit={"honeypots": 0.1, **audit_section}, seed=seed)
     policy, weak = cheating(cheat.trick), honest(0.3, 0.6)
     return scripted_run(config, lambda seat: policy(seat) if seat.task.env == "cheated" else weak(seat), most=most, wrap=audited)
 
