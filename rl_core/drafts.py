@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rl_core.journal import OPTIONS, SCHEMA, batch_completions, completion_batch, record_batches, rollout_header, to_rollout
+from rl_core.journal import SCHEMA, batch_completions, completion_batch, record_batches, rollout_header, to_rollout
 from rl_core.types import CUT_OFF, Completion, Rollout, Task, VersionSpan
 
 SEGMENT_BYTES = 16 << 20
@@ -82,7 +82,7 @@ class DraftFile:
     def _open(self) -> None:
         last = max((number(path) for path in self._folder.glob(f"{self._worker}.*.arrow")), default=-1)
         self._file: Any = (self._folder / f"{self._worker}.{last + 1:06d}.arrow").open("wb")
-        self._writer: Any = pa.ipc.new_stream(self._file, SCHEMA, options=OPTIONS)
+        self._writer: Any = pa.ipc.new_stream(self._file, SCHEMA)  # not compressed: 0.1 ms a record, not 0.4
 
 
 def read_drafts(folder: Path, groups: Collection[str]) -> dict[str, Drafts]:

@@ -40,7 +40,7 @@ import itertools
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from rl_core.bad_steps import BadSteps
 from rl_core.breaker import Breaker
@@ -51,7 +51,7 @@ from rl_core.metrics import StepMetrics
 from rl_core.mixer import Mixer
 from rl_core.recovery import Unfinished
 from rl_core.reuse import Reuse
-from rl_core.seams import GroupResult, Learner, Ref, RolloutWorkers
+from rl_core.seams import GroupResult, Learner, Queue, Record, Ref, RolloutWorkers
 from rl_core.types import EpisodeSpec, Receipt, Task
 
 T = TypeVar("T")
@@ -66,29 +66,6 @@ MAX_FILTERED_IN_A_ROW = 512
 
 class RunError(RuntimeError):
     """The run cannot go on. The message is a sentence for its user."""
-
-
-class Queue(Protocol):
-    """The replay queue, in this process or in an actor."""
-
-    async def start(self, ticket: int) -> None: ...
-    async def put(self, ticket: int, result: GroupResult) -> None: ...
-    async def drop(self, ticket: int) -> None: ...
-    async def take(self, count: int) -> list[GroupResult]: ...
-
-
-class Record(Protocol):
-    """Keeps what happened."""
-
-    async def group(self, result: GroupResult) -> None:
-        """A group finished. It is durable when this returns."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something that a person should see once."""
-        ...
-
-    async def step(self, step: int, version: int, metrics: dict[str, float]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

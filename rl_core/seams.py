@@ -155,3 +155,26 @@ class Learner(Protocol):
     async def save(self) -> str:
         """Write a checkpoint of the current version; returns its folder."""
         ...
+
+
+class Queue(Protocol):
+    """The replay queue, in this process or in an actor."""
+
+    async def start(self, ticket: int) -> None: ...
+    async def put(self, ticket: int, result: GroupResult) -> None: ...
+    async def drop(self, ticket: int) -> None: ...
+    async def take(self, count: int) -> list[GroupResult]: ...
+
+
+class Record(Protocol):
+    """Keeps what happened."""
+
+    async def group(self, result: GroupResult) -> None:
+        """A group finished. It is durable when this returns."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something that a person should see once."""
+        ...
+
+    async def step(self, step: int, version: int, metrics: dict[str, float]) -> None: ...
