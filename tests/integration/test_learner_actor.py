@@ -81,5 +81,15 @@ async def test_two_ranks_step_publish_save_resume_and_leave_no_process(config: R
         assert version == 1
         resumed = safetensors.torch.load((await weights).tobytes())
         assert all(resumed[name].equal(tensor) for name, tensor in new.items())
+        await again.adopt(5)  # as after a rollback: the same weights under a later version, saved at once
+        version, weights = await again.snapshot()
+        assert (version, again.version) == (5, 5)
+        assert all(tensor.equal(new[name]) for name, tensor in safetensors.torch.load((await weights).tobytes()).items())
+        assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000005"
+        bad = random_groups(2, vocab=VOCAB, seed=1, version=5, logprob=lambda rng: float("nan"))
+        await again.accumulate([ray.put(group) for group in bad])
+        stats, nothing = await again.apply()
+        assert (stats.version, again.version, await nothing) == (5, 5, None)
+        assert "is nan" in stats.skipped
     finally:
         await again.aclose()

@@ -82,10 +82,16 @@ def test_the_staleness_budget_is_used_not_only_kept(tmp_path: Path) -> None:
     assert max(index // 4 - versions[g] for index, g in enumerate(run.learner.trained)) == 2
 
 
-@pytest.mark.parametrize("fault", ["one batch too many slots", "slots released before weights are live", "no order in the queue"])
+@pytest.mark.parametrize(
+    "fault",
+    ["one batch too many slots", "slots for reused groups too", "slots released before weights are live", "no order in the queue"],
+)
 def test_a_planted_bug_is_caught_by_the_assertion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     cfg = LoopConfig(steps=30, groups_per_step=4, max_staleness=1, window=1)
-    if fault == "one batch too many slots":
+    if fault == "slots for reused groups too":
+        cfg.reuse = 2
+        monkeypatch.setattr(Budget, "of", staticmethod(lambda c: Budget(slots=2 * c.groups_per_step, window=1)))
+    elif fault == "one batch too many slots":
         monkeypatch.setattr(Budget, "of", staticmethod(lambda c: Budget(slots=3 * c.groups_per_step, window=1)))
     elif fault == "slots released before weights are live":
         monkeypatch.setattr(FakeWorkers, "load_weights", _late_weights)
