@@ -193,6 +193,7 @@ async def train(
         stats, weights = await bounded(learner.apply(), cfg.stall_s, "the optimizer step took too long")
         fresh, again = [g for g in batch if not g.uses], [g for g in batch if g.uses]
         if stats.skipped:
+            metrics.skipped()
             for group in fresh:
                 mixer.filtered(group.env)
             if not bad_steps.bad(fresh, version, stats.skipped):

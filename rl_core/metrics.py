@@ -19,10 +19,15 @@ class StepMetrics:
         self._started = self._step_began = time.monotonic()
         self._finished: dict[str, list[GroupResult]] = defaultdict(list)
         self._receipts: list[tuple[Receipt, Agreement]] = []
+        self._skipped = 0
 
     def finished(self, result: GroupResult) -> None:
         """A group came back, whatever becomes of it."""
         self._finished[result.env].append(result)
+
+    def skipped(self) -> None:
+        """A step was bad, and not taken."""
+        self._skipped += 1
 
     def proved(self, receipt: Receipt, agreement: Agreement) -> None:
         """An engine proved that it has the weights."""
@@ -55,11 +60,13 @@ class StepMetrics:
             "progress/steps": float(self._last),
             "progress/elapsed_s": elapsed,
             "progress/eta_s": elapsed / max(done, 1) * (self._last - stats.version),
+            "learner/skipped_steps": float(self._skipped),
             "queue/in_flight": float(sum(s.running for s in mixer.streams.values())),
             "rollout/tokens_per_s": sum(g.sampled_tokens for groups in self._finished.values() for g in groups) / seconds,
         }
         self._finished.clear()
         self._receipts.clear()
+        self._skipped = 0
         self._step_began = now
         return figures
 

@@ -198,6 +198,7 @@ def test_bad_steps_are_skipped_with_a_reason_and_several_in_a_row_go_back(tmp_pa
     assert {"filtered: bad step: the loss", "filtered: bad step: the gradient of the policy"} <= set(reasons)
     assert [s["progress/step"] for s in run.recorder.steps] == [float(v) for v in range(1, 11)]
     assert run.recorder.steps[2]["learner/rolled_back"] == 1.0
+    assert [s["learner/skipped_steps"] for s in run.recorder.steps[:4]] == [0.0, 1.0, 3.0, 0.0]
     assert sum("is skipped" in note for note in run.recorder.notes) == 4
     assert run.workers.version == 10
 
