@@ -79,7 +79,8 @@ class Balance:
     filtered: int
     abandoned: int
     passed: int  # left out by a curriculum
-    restarted: int  # drawn once, started more than once
+    restarted: int  # drawn once, cut off and taken up again
+    uses: int  # steps that its groups were in: more than `trained` where groups are reused
     reasons: dict[str, int]
 
     @property
@@ -285,23 +286,25 @@ def read_balance(path: Path) -> list[Balance]:
     """
     db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     try:
-        rows = db.execute("SELECT env, state, reason, count(*), sum(attempt > 1) FROM tasks GROUP BY env, state, reason").fetchall()
+        rows = db.execute(
+            "SELECT env, state, reason, count(*), sum(attempt > 1), sum(uses) FROM tasks GROUP BY env, state, reason"
+        ).fetchall()
         positions = dict(db.execute("SELECT env, max(position) + 1 FROM tasks GROUP BY env").fetchall())
     finally:
         db.close()
     balances = []
     for env in sorted({r[0] for r in rows}):
         mine = [row[1:] for row in rows if row[0] == env]
-        count = {s: sum(n for state, _, n, _ in mine if state == s) for s in State}
+        count = {s: sum(n for state, _, n, *_ in mine if state == s) for s in State}
         reasons: dict[str, int] = {}
-        for state, reason, n, _ in mine:
+        for state, reason, n, *_ in mine:
             if reason:
                 reasons[f"{state}: {reason}"] = reasons.get(f"{state}: {reason}", 0) + n
         balances.append(
             Balance(
                 env=env, drawn=positions[env], open=count[State.DRAWN] + count[State.READY], trained=count[State.TRAINED],
                 filtered=count[State.FILTERED], abandoned=count[State.ABANDONED], passed=count[State.PASSED],
-                restarted=sum(row[3] for row in mine), reasons=reasons,
+                restarted=sum(row[3] for row in mine), uses=sum(row[4] for row in mine), reasons=reasons,
             )
         )  # fmt: skip
     return balances

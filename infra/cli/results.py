@@ -85,13 +85,17 @@ def ledger(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json
         raise UsageError(f"run {stored.id} drew no task: it has no ledger")
     balances = read_balance(path)
     if json:
-        names = ("env", "drawn", "open", "trained", "filtered", "abandoned", "passed", "balanced", "reasons")
+        names = ("env", "drawn", "open", "trained", "filtered", "abandoned", "passed", "restarted", "uses", "balanced", "reasons")
         print_json([{name: getattr(b, name) for name in names} for b in balances])
     else:
         typer.echo(f"{'environment':<14} {'drawn':>6} {'trained':>8} {'filtered':>9} {'abandoned':>10} {'passed':>7} {'open':>5}")
         for b in balances:
             mark = "" if b.balanced else "   DOES NOT ADD UP"
             typer.echo(f"{b.env:<14} {b.drawn:>6} {b.trained:>8} {b.filtered:>9} {b.abandoned:>10} {b.passed:>7} {b.open:>5}{mark}")
+            if b.restarted:
+                typer.echo(f"{'':<14}   {b.restarted:>6}  cut off, and taken up again")
+            if b.uses > b.trained:
+                typer.echo(f"{'':<14}   {b.uses - b.trained:>6}  trained once more")
             for reason, count in sorted(b.reasons.items(), key=lambda item: -item[1]):
                 typer.echo(f"{'':<14}   {count:>6}  {reason}")
     if not all(b.balanced for b in balances):

@@ -223,6 +223,7 @@ def test_groups_are_reused_within_bounds_and_counted_once_as_tasks(tmp_path: Pat
     balances = read_balance(run.path)
     assert sum(b.trained for b in balances) == 20 * 2 == len(uses)
     assert all(b.balanced and b.open == 0 for b in balances)
+    assert sum(b.uses for b in balances) == 20 * 4 - 2
     ledger = Ledger(run.path)
     assert [name for version in range(1, 21) for name in ledger.batch(version)] == run.learner.trained
     assert ledger.reused == 20 * 2 - 2
