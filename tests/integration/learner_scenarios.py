@@ -350,6 +350,16 @@ def bad_steps(rank: int, folder: Path, *, dtype: str = "float32", **changes: Any
     }  # fmt: skip
 
 
+def nothing(rank: int, folder: Path) -> Any:
+    """A step whose rollouts are all too stale for their tokens to train, and one after it."""
+    learner = make(folder, train_staleness=0, max_staleness=1)
+    learner.version = 1
+    metrics = learner.accumulate(random_groups(2, vocab=VOCAB, seed=0, version=0))
+    stats = learner.apply()
+    learner.accumulate(random_groups(2, vocab=VOCAB, seed=0, version=2))
+    return {"metrics": metrics, "norm": stats.metrics["learner/grad_norm"], "next": learner.apply().metrics}
+
+
 def agreement(rank: int, folder: Path, **changes: Any) -> Any:
     """The agreement between the halves of a step, on completions whose logprobs are the model's own and on ones 0.5 nats off."""
     learner = make(folder, **changes)

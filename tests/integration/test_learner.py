@@ -29,6 +29,7 @@ ONE_RANK = [
     ("bfloat16", "steps", {"count": 3, "dtype": "bfloat16", "microbatch_tokens": 64}),
     ("no_mtp", "steps", {"count": 1, "mtp_loss_weight": 0.0}),
     ("resume", "resume", {"name": "resume1"}),
+    ("nothing", "nothing", {}),
     ("replays", "replays", {}),
     ("llama", "llama", {}),
     ("exported", "exported", {}),
@@ -44,6 +45,7 @@ TWO_RANKS = [
     ("zero2", "gradients", {"name": "two2", "zero_stage": 2, "microbatch_tokens": 48}),
     ("zero3", "gradients", {"name": "two3", "zero_stage": 3, "microbatch_tokens": 48}),
     ("rules", "gradients", {"name": "rules2", "zero_stage": 3, "microbatch_tokens": 48, **RULES}),
+    ("nothing", "nothing", {}),
     ("steps1", "steps", {"count": 3, "microbatch_tokens": 48}),
     ("steps3", "steps", {"count": 3, "zero_stage": 3}),
     ("resume1", "resume", {"name": "resume2-1"}),
@@ -170,6 +172,13 @@ def test_a_bad_step_leaves_every_rank_as_it_was_and_says_why(one: dict[str, Any]
         assert all("the gradient of the policy is" in s and "times the median of the last 8 steps" in s for s in answer["spikes"])
         assert answer["versions"] == [9, 9]
         assert answer["equal"], "weights and optimizer are those of a learner that never saw the bad steps"
+
+
+def test_a_batch_of_stale_rollouts_alone_is_a_step_without_a_gradient(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for answer in (one["nothing"][0], *two["nothing"]):
+        assert answer["metrics"]["learner/trained_tokens"] == answer["metrics"]["learner/loss"] == answer["norm"] == 0.0
+        assert answer["metrics"]["env/math/stale_rollouts"] == 4
+        assert answer["next"]["learner/trained_tokens"] > 0
 
 
 def test_a_llama_takes_a_real_step_with_the_gradients_of_its_formula_and_is_written_back(one: dict[str, Any]) -> None:
