@@ -123,18 +123,6 @@ class HostActor:
             "files": len(os.listdir("/proc/self/fd")),
         }
 
-    async def stuck(self, seconds: float) -> int:
-        """Calls that hang beyond their time-out, whatever `seconds` says: those within it are nobody's business yet."""
-        del seconds
-        return sum(len(room.stuck) for room in self._rooms.values())
-
-    async def forget(self, owner: str) -> int:
-        """Close what `owner`, whose process is gone, has left open: sessions `owner/...`. Returns how many."""
-        left = [name for name in self._episodes if name.startswith(owner + "/")]
-        for name in left:
-            self._forget(name)
-        return len(left)
-
     async def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
         """As EnvHost.open. Raises EnvironmentFailure also for an environment that hangs here."""
         room = self._rooms[task.env]

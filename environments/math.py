@@ -74,12 +74,16 @@ class MathEnv(TextEnv):
         question = ask(kind, public, rng)
         return TaskDraft(public={"kind": kind, "question": question} | public, private={"answer": str(answer)}, difficulty=kind)
 
-    file_columns: ClassVar[Mapping[str, bool]] = {"question": True, "answer": True, "difficulty": False}
+    file_columns: ClassVar[Mapping[str, bool]] = {
+        "question": True, "answer": True, "shape": False, "form": False, "unit": False, "tolerance": False, "difficulty": False,
+    }  # fmt: skip
 
     @classmethod
     def row_draft(cls, row: Mapping[str, Any]) -> TaskDraft:
+        """`shape`, `form`, `unit` and `tolerance` are what AnswerSpec calls so."""
         public = {"kind": "file", "question": str(row["question"])}
-        return TaskDraft(public=public, private={"answer": str(row["answer"])}, difficulty=str(row.get("difficulty", "file")))
+        private = {name: str(value) for name, value in row.items() if name not in ("question", "difficulty")}
+        return TaskDraft(public=public, private=private, difficulty=str(row.get("difficulty", "file")))
 
     def begin(self, task: Task) -> Observation:
         math_answer.read_gold(AnswerSpec.from_task(task.private))  # an unusable gold ends the episode here, before a token is sampled

@@ -31,7 +31,7 @@ from infra.ray_cluster import start_local
 from rl_core.chat import ChatML
 from rl_core.types import EpisodeSpec, Rollout, SamplingParams, Task, Turn
 from rollout_workers.episode import run_episode
-from rollout_workers.worker import RemoteSession
+from rollout_workers.hosts import Hosts, RemoteSession
 
 SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
 SPEC = EpisodeSpec(group_size=1, sampling=SamplingParams(max_tokens=4096), max_turns=16, max_total_tokens=1 << 17, timeout_s=300)
@@ -55,8 +55,10 @@ async def measure() -> dict[str, list[float]]:
     figures: dict[str, list[float]] = {"prompt_ms_long_context_32k": prompt_ms()}
     host = start_host()
     await episodes(host, "math", chat, 64)  # warm
-    figures["host_overhead_ms"] = [await overhead_ms(host, callers=1) for _ in range(REPETITIONS)]
-    figures["host_overhead_ms_64_callers"] = [await overhead_ms(host, callers=64) for _ in range(REPETITIONS)]
+    for _ in range(REPETITIONS):
+        for name, callers in (("host_overhead_ms", 1), ("host_overhead_ms_64_callers", 64)):
+            figures.setdefault(name, []).append(await overhead_ms(host, callers=callers))
+        figures.setdefault("ray_call_ms", []).append(await ray_call_ms(host))
     for env in CLASSES:
         figures[f"episodes_per_s_{env}"] = []
         await episodes(host, env, chat, 8)
@@ -109,6 +111,16 @@ async def overhead_ms(host: Any, *, callers: int, steps: int = 512) -> float:
     return 1e3 * median(w - o for w, o in zip(waited, own, strict=True))
 
 
+async def ray_call_ms(host: Any, *, calls: int = 512) -> float:
+    """Of a method that does nothing: what Ray alone takes."""
+    waited = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        await host.ping.remote()
+        waited.append(time.perf_counter() - began)
+    return 1e3 * median(waited)
+
+
 async def episodes(host: Any, env: str, chat: ChatML, number: int) -> list[Rollout]:
     """Play `number` episodes, CONCURRENT at a time; all must earn the full reward."""
     room = asyncio.Semaphore(CONCURRENT)
@@ -124,7 +136,7 @@ async def episodes(host: Any, env: str, chat: ChatML, number: int) -> list[Rollo
 
 
 def session(host: Any, env: str, task: Task) -> RemoteSession:
-    return RemoteSession(host=host, id=f"bench-{next(names)}", env_id=env, options=OPTIONS.get(env, {}), task=task)
+    return Hosts([host], owner=f"bench-{next(names)}").session(env, OPTIONS.get(env, {}), task)
 
 
 async def episode(host: Any, task: Task, chat: ChatML, think_s: Callable[[], float] | None = None) -> Rollout:

@@ -15,6 +15,7 @@ import pytest
 from environments.base import TextEnv
 from environments.check import play, play_oracle
 from environments.code import CodeEnv
+from environments.host import EnvHost, TaskUnusable
 from environments.instructions import InstructionsEnv
 from environments.math import MathEnv
 from rl_core.types import Turn
@@ -85,6 +86,13 @@ def test_columns_go_by_any_name_and_gold_stays_private(tmp_path: Path) -> None:
     assert "SECRET" not in str(MathEnv(**options).begin(task)) + str(task.public)
 
 
+def test_a_gold_answer_that_cannot_be_read_is_the_tasks_fault_and_costs_nobody_a_reward(tmp_path: Path) -> None:
+    rows = [{"question": f"{n}?", "answer": "\\frac{1}{"} for n in range(100)]
+    options = {"file": jsonl(tmp_path / "a.jsonl", rows)}
+    with pytest.raises(TaskUnusable):
+        EnvHost().open("s", "math", options, next(MathEnv.tasks("train", 0, options)))
+
+
 @pytest.mark.parametrize(
     ("env", "rows", "options", "complaint"),
     [
@@ -96,7 +104,7 @@ def test_columns_go_by_any_name_and_gold_stays_private(tmp_path: Path) -> None:
             "there is no column 'question', only q, answer; say which is which with options.columns",
         ),
         (MathEnv, SUMS, {"columns": {"question": "problem"}}, "there is no column 'problem'"),
-        (MathEnv, SUMS, {"columns": {"gold": "answer"}}, "names gold; this environment reads question, answer, difficulty"),
+        (MathEnv, SUMS, {"columns": {"gold": "answer"}}, "names gold; this environment reads question, answer, shape"),
         (MathEnv, [{"question": "1+1", "answer": ""}], {}, "row 0: column 'answer' is empty"),
         (MathEnv, SUMS[:2], {}, "2 rows leave none for eval"),
         (CodeEnv, [{"prompt": "p", "inputs": [1, 2], "expected": [1]}], {}, "2 inputs and 1 expected"),
