@@ -1,4 +1,4 @@
-"""polyrl envs: list, show, check, new."""
+"""polyrl envs: list, show, sample, check, new."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import typer
 from infra.cli.common import Json, print_json
 from infra.errors import UsageError
 
+MAX_TURNS = 32
+
 
 def register(app: typer.Typer) -> None:
-    envs = typer.Typer(help="Environments: list, show, check, make a new one.", no_args_is_help=True, rich_markup_mode=None)
+    envs = typer.Typer(help="Environments: list, show, sample, check, make a new one.", no_args_is_help=True, rich_markup_mode=None)
     envs.command("list")(list_)
     envs.command("show")(show)
+    envs.command("sample")(sample)
     envs.command("check")(check)
     envs.command("new")(new)
     app.add_typer(envs, name="envs")
@@ -41,38 +44,60 @@ def show(
     seed: Annotated[int, typer.Option(help="Which tasks.")] = 0,
 ) -> None:
     """Show tasks of an environment, as the policy sees them and as the oracle solves them."""
-    import random
     from itertools import islice
 
     from environments.registry import resolve
+    from infra.sample import oracle, play_aloud
 
-    if split not in ("train", "eval"):
-        raise UsageError(f"--split {split!r}, wanted train or eval")
+    check_split(split)
     env_class, knobs = resolve(env), read_options(options or [])
     typer.echo((env_class.__doc__ or env_class.__name__).strip() + "\n")
     session = env_class(**knobs)
     for task in islice(env_class.tasks(split, seed, knobs), tasks):
-        typer.echo(f"--- task {task.key} ({task.difficulty or 'no difficulty'})")
-        _, info = session.reset(options={"task": task})
-        rng, ended = random.Random(task.seed), False
-        for message in info["observation"].messages:
-            typer.echo(f"[{message.role}] {message.content}")
-        for tool in info["observation"].tools:
-            typer.echo(f"[tool schema] {tool}")
-        while not ended:
-            try:
-                turn = session.oracle(info["observation"], rng)
-            except NotImplementedError:
-                break
-            calls = "".join(f" {c.name}({dict(c.arguments)})" for c in turn.tool_calls)
-            typer.echo(f"[oracle] {f'<think>{turn.thought}</think>' if turn.thought else ''}{turn.content}{calls}")
-            _, _, terminated, truncated, info = session.step(turn)
-            ended = terminated or truncated
-            for message in info["observation"].messages:
-                typer.echo(f"[{message.role}] {message.content}")
-        if ended:
-            typer.echo(f"[verdict] reward {info['verdict'].reward}, {dict(info['verdict'].components)}")
+        play_aloud(session, task, oracle(session, task.seed), name="oracle", say=typer.echo, max_turns=MAX_TURNS)
     session.close()
+
+
+def sample(
+    env: Annotated[str, typer.Argument(metavar="ENV", help="Id, or module:Class.")],
+    options: Annotated[list[str] | None, typer.Argument(help="Options, such as max_digits=2.", show_default=False)] = None,
+    hand: Annotated[bool, typer.Option("--hand", help="Answer yourself.")] = False,
+    model: Annotated[str | None, typer.Option(metavar="FOLDER", help="Let a checkpoint answer, sampled through Transformers.")] = None,
+    index: Annotated[int, typer.Option(min=0, help="Position of the task in its stream.")] = 0,
+    split: Annotated[str, typer.Option(help="train or eval.")] = "train",
+    seed: Annotated[int, typer.Option(help="Of the stream, and of the dice.")] = 0,
+    max_turns: Annotated[int, typer.Option(min=1, help="Turns, after which the episode is cut off.")] = MAX_TURNS,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of a model, per turn.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of a model; 0 takes the likeliest token.")] = 1.0,
+) -> None:
+    """Play one episode in the terminal: with the oracle, by hand, or with a model."""
+    from environments.registry import resolve
+    from infra.sample import a_model, by_hand, oracle, play_aloud
+
+    check_split(split)
+    if hand and model:
+        raise UsageError("--hand and --model: one of them answers")
+    knobs = read_options(options or [])
+    if model:
+        knobs = {"tokenizer": model, **knobs}
+    env_class = resolve(env)
+    session = env_class(**knobs)
+    task = env_class.task_at(split, seed, index, knobs)
+    if hand:
+        name, policy = "you", by_hand(say=typer.echo)
+    elif model:
+        name, policy = "model", a_model(model, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    else:
+        name, policy = "oracle", oracle(session, seed)
+    verdict = play_aloud(session, task, policy, name=name, say=typer.echo, max_turns=max_turns)
+    session.close()
+    if verdict is None:
+        typer.echo("the episode was left before its end")
+
+
+def check_split(split: str) -> None:
+    if split not in ("train", "eval"):
+        raise UsageError(f"--split {split!r}, wanted train or eval")
 
 
 def check(

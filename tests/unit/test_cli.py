@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -200,6 +201,22 @@ def test_the_ledger_adds_up_or_the_command_fails(polyrl: Call, tmp_path: Path) -
     }  # fmt: skip
     assert row["reasons"] == {"filtered: no signal": 1}
     assert "no signal" in polyrl("ledger", "--runs-dir", str(tmp_path))[1]
+
+
+def test_an_episode_is_sampled_with_the_oracle_and_by_hand(polyrl: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = polyrl("envs", "sample", "tools", "--index", "3", "oracle_working=1.0")
+    assert code == 0
+    assert "[tool] find(name: string)" in out
+    assert "[verdict] ok, reward 1.0" in out
+    monkeypatch.setattr("sys.stdin", io.StringIO('/find {"name": "Nobody"}\n\n/find {no json}\n\n'))
+    code, out, _ = polyrl("envs", "sample", "tools", "--hand", "failure_rate=0.0")
+    assert code == 0
+    assert "error: no customer Nobody" in out
+    assert "[verdict] invalid_output, reward 0.0" in out
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "left before its end" in polyrl("envs", "sample", "math", "--hand")[1]
+    assert polyrl("envs", "sample", "math", "--hand", "--model", "x")[0] == 2
+    assert polyrl("envs", "sample", "math", "--split", "test")[0] == 2
 
 
 def test_environments_are_listed_and_shown_with_a_task(polyrl: Call) -> None:
