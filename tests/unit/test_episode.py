@@ -101,6 +101,7 @@ async def test_an_episode_takes_turns_until_there_is_a_verdict() -> None:
     assert [m.content for m in rollout.messages] == ["hello", "a", "no 1", "bb", "no 2", "stop"]
     assert [m.role for m in rollout.messages] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
     assert [t.content for t in session.turns] == ["a", "bb", "stop"]
+    assert (list(rollout.turns), rollout.truncated) == (session.turns, False), "what leads to the same verdict again"
     assert (rollout.id, rollout.env, rollout.task_key, rollout.worker, rollout.min_version) == ("r1", "letters", "k", "w0", 3)
     assert session.closed
     assert not session.truncated
@@ -121,6 +122,7 @@ async def test_the_turn_limit_ends_an_episode_with_the_environments_verdict() ->
     assert rollout.verdict == CUT
     assert len(rollout.completions) == 2
     assert session.truncated
+    assert (list(rollout.turns), rollout.truncated) == (session.turns, True)
 
 
 async def test_the_token_limit_is_never_exceeded_and_ends_an_episode() -> None:

@@ -11,7 +11,7 @@ import pytest
 from rl_core import journal as module
 from rl_core.journal import GroupJournal, segments
 from rl_core.seams import GroupResult
-from rl_core.types import Completion, Group, Message, Rollout, Status, Task, Verdict, VersionSpan
+from rl_core.types import Completion, Group, Message, Rollout, Status, Task, ToolCall, Turn, Verdict, VersionSpan
 
 
 def completion(rng: np.random.Generator, prompt: int, tokens: int) -> Completion:
@@ -27,6 +27,11 @@ def completion(rng: np.random.Generator, prompt: int, tokens: int) -> Completion
     )
 
 
+def spoken_turn(number: int) -> Turn:
+    call = ToolCall(name="find", arguments={"name": "Ann\ud800", "deep": [{"n": number}]})
+    return Turn(content="2\n", thought="1+1", tool_calls=(call,) * number, malformed="" if number else "cut off")
+
+
 def make_group(name: str, seed: int = 0) -> Group:
     rng = np.random.default_rng(seed)
     task = Task(
@@ -40,7 +45,7 @@ def make_group(name: str, seed: int = 0) -> Group:
         said = tuple(completion(rng, 5 + t, 3 + t) for t in range(turns))
         return Rollout(
             id=f"{name}-{index}", env="math", task_key=task.key, completions=said, messages=spoken, verdict=verdict, worker="w0",
-            started_at=1.7e9 + 0.1, seconds=0.3,
+            turns=tuple(spoken_turn(t) for t in range(turns)), truncated=turns == 1, started_at=1.7e9 + 0.1, seconds=0.3,
         )  # fmt: skip
 
     return Group(id=name, task=task, rollouts=(rollout(0, done, 2), rollout(1, lost, 0), rollout(2, done, 1)))

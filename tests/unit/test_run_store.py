@@ -80,6 +80,8 @@ def test_every_rollout_comes_back_with_its_figures(tmp_path: Path) -> None:
     assert (first["drafted"], first["accepted"], first["engine_steps"]) == (4, 3, 3)
     assert json.loads(first["messages"])[1] == {"role": "assistant", "content": "7"}
     assert json.loads(first["components"]) == {"correct": 1.0}
+    assert json.loads(first["task"]) == {"seed": 1, "public": {"q": "3+4"}, "private": {"gold": "7"}}
+    assert (json.loads(first["turns"]), first["truncated"]) == ([], False)
     assert first["token_ids"] is None
 
 
