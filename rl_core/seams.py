@@ -8,7 +8,7 @@ unit test).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rl_core.types import Agreement, Completion, EpisodeSpec, Group, Message, Receipt, SamplingParams, StepStats, Task, Turn, Verdict
@@ -121,6 +121,13 @@ class GroupResult:
             accepted=sum(c.accepted for c in completions),
             engine_steps=sum(c.engine_steps for c in completions),
             seconds=seconds,
+        )
+
+    def treated(self, group: Group, ref: Ref) -> GroupResult:
+        """The same group with other verdicts; how it came to be stays."""
+        new = GroupResult.of(group, self.seconds, ref)
+        return replace(
+            self, ref=ref, num_trainable=new.num_trainable, has_signal=new.has_signal, rewards=new.rewards, statuses=new.statuses
         )
 
 

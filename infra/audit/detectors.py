@@ -198,7 +198,7 @@ def broken_ends(seen: Evidence) -> Iterator[Finding]:
         severity = Severity.ALARM if share >= HACK_SHARE else Severity.NOTE
         sentence = f"{len(hacks)} of {len(train)} rollouts ended as hack_suspected"
         yield seen.finding("caught hacks", severity, 0.4 + share / 2, sentence, hacks)
-    masked = [r for r in train if r.status in ("infra_error", "verifier_error")]
+    masked = [r for r in train if r.reward is None and r.status != "hack_suspected"]
     if train and len(masked) >= MASKED_SHARE * len(train):
         sentence = f"{len(masked)} of {len(train)} rollouts were masked as failures of ours; the rest may be a selection"
         yield seen.finding("masked rollouts", Severity.NOTE, len(masked) / len(train), sentence, masked)

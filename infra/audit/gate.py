@@ -121,7 +121,7 @@ class AuditedWorkers:
         if action == "stop":
             raise RunError(f"audit.gate=stop: {group.task.env} is suspect ({alarms[0].detector}): {alarms[0].sentence}; see `polyrl audit`")
         treated = penalised(group, alarms) if action == "penalty" else masked(group, alarms)
-        return result if treated is group else GroupResult.of(treated, result.seconds, ref=self._own(treated))
+        return result if treated is group else result.treated(treated, self._own(treated))
 
 
 def penalised(group: Group, alarms: Sequence[Finding]) -> Group:

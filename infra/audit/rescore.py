@@ -27,9 +27,6 @@ from rl_core.types import Message, Status, Verdict
 TOLERANCE = 1e-4
 """The store keeps rewards as 32-bit floats."""
 
-OURS = ("infra_error", "verifier_error")
-"""Ends that were our failure: there is no verdict of the policy's turns to come back to."""
-
 log = logging.getLogger(__name__)
 
 
@@ -124,7 +121,7 @@ def compare(row: Row, verdict: Verdict | None, said: Sequence[Message]) -> tuple
     """The stored rollout against its replay."""
     if verdict is None:
         return Outcome.DIFFERENT, "the environment wants more turns than there were"
-    if verdict.status.value in OURS:
+    if not verdict.status.trains:
         return Outcome.IMPOSSIBLE, str(dict(verdict.evidence))
     theirs = [m for m in row.messages if m.role != "assistant"]
     if theirs != [m for m in said if m.role != "assistant"]:
@@ -147,8 +144,11 @@ def _differs(name: str, stored: object, now: object) -> str:
 
 
 def choose(rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
-    """Up to `count` rollouts that can be re-scored, half of them paid where there are so many."""
-    able = [r for r in rows if r.task is not None and r.turns and r.status not in (*OURS, "hack_suspected")]
+    """Up to `count` rollouts that can be re-scored, half of them paid where there are so many.
+
+    A rollout that ended in a failure of ours has no verdict of its turns to come back to.
+    """
+    able = [r for r in rows if r.task is not None and r.turns and Status(r.status).trains]
     paid, unpaid = [r for r in able if r.paid], [r for r in able if not r.paid]
     rng.shuffle(paid)
     rng.shuffle(unpaid)

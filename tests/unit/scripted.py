@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,7 +33,7 @@ from rl_core.run_store import RunStore, StoredRun
 from rl_core.seams import GroupResult, Observation, Ref, RolloutWorkers
 from rl_core.types import Agreement, Completion, EpisodeSpec, Receipt, SamplingParams, StepStats, Task, Turn, VersionSpan
 from rollout_workers.rewards import RewardActors
-from rollout_workers.worker import RolloutWorker
+from rollout_workers.worker import Job, RolloutWorker
 from tests.unit.fakes import LocalQueue, probe
 
 SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
@@ -78,14 +79,9 @@ class ScriptedWorker(RolloutWorker):
 
     def __init__(self, config: RunConfig, policy: Policy, host: EnvHost, rewards: RewardActors) -> None:
         super().__init__(
-            "w0",
-            model_path=config.model.path,
-            dtype="float32",
-            rollout=config.rollout,
-            seed=0,
-            hosts=[LocalHost(host)],
-            rewards=(config.environments, rewards),
-        )
+            "w0", life="w0-1", model_path=config.model.path, dtype="float32", rollout=config.rollout, seed=0, hosts=[LocalHost(host)],
+            run_dir=None, rewards=(config.environments, rewards),
+        )  # fmt: skip
         self.sampler = ScriptedSampler(chat_format(config.model.path), policy, config)
 
     @property
@@ -158,8 +154,9 @@ class LocalWorkers:
     async def run_group(self, group_id: str, task: Task, spec: EpisodeSpec) -> GroupResult:
         self.worker.sampler.tasks[group_id] = task
         env = self.config.environments[task.env]
-        group, result = await self.worker.run_group(group_id, task, spec, env.id or task.env, task_options(self.config, env))
-        return GroupResult.of(group, result.seconds, ref=group)
+        job = Job(group_id=group_id, task=task, spec=spec, env_id=env.id or task.env, options=task_options(self.config, env))
+        group, result = await self.worker.run_group(job)
+        return replace(result, ref=group)
 
     async def load_weights(self, version: int, weights: Ref) -> Sequence[Receipt]:
         self.worker.sampler.version = version
@@ -182,8 +179,12 @@ class CountingLearner:
         return Agreement(mean=0.0, max=0.0, num_tokens=2)
 
     async def apply(self) -> tuple[StepStats, Ref]:
+        await asyncio.sleep(0)
         self.version += 1
         return StepStats(version=self.version, metrics={}), None
+
+    async def roll_back(self, version: int) -> tuple[StepStats, Ref]:
+        raise AssertionError("nothing here is ever a bad step")
 
     async def save(self) -> str:
         return ""
