@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, ClassVar
 
 from environments import files
@@ -107,13 +108,17 @@ class MathEnv(TextEnv):
         return Turn(thought=thought, content=self.task.private["answer"])
 
     def second_opinion(self, turns: Sequence[Turn]) -> bool | None:
-        """Where a whole number is wanted: the last one in the answer is it, as a string."""
+        """Where a whole number is wanted, and no formula was written: the last number of the answer is it."""
         assert self.task is not None
         wanted = str(self.task.private["answer"])
-        if not re.fullmatch(r"-?[0-9]+", wanted):
+        text = turns[-1].content[-MAX_READ:] if turns else ""
+        if not re.fullmatch(r"-?[0-9]+", wanted) or "\\" in text.replace("\\boxed", ""):
             return None
-        numbers = re.findall(r"-?[0-9]+", turns[-1].content[-MAX_READ:].replace(",", "")) if turns else []
-        return bool(numbers) and numbers[-1] == wanted
+        numbers = re.findall(r"[-\u2212]?[0-9]+(?:\.[0-9]+)?(?: ?/ ?[0-9]+)?", text.replace(",", ""))
+        if not numbers or len(numbers[-1]) > 2 * len(wanted) + 8:
+            return False
+        top, _, bottom = numbers[-1].replace(" ", "").replace("\u2212", "-").partition("/")
+        return Fraction(top) == int(wanted) * int(bottom or 1)
 
     @classmethod
     def honeypot(cls, task: Task, rng: random.Random) -> Task:

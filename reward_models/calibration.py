@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +81,14 @@ class Calibration:
         pair = self._pairs[self._next % len(self._pairs)]
         self._next += 1
         result = await prefers(pair)
-        if result is not None:  # an endpoint that is away says nothing about the judge
-            self._results.append(result)
+        if result is None:  # an endpoint that is away says nothing about the judge
+            return
+        before = self.alarm
+        self._results.append(result)
+        if self.alarm and not before:
+            log.warning("%s; its scores count as failures until it is right again", self.alarm)
+        elif before and not self.alarm and len(self._results) > len(self._pairs):
+            log.warning("the judge is believed again")
 
 
 def read_pairs(path: Path) -> tuple[CalibrationPair, ...]:

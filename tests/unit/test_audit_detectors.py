@@ -226,3 +226,17 @@ def test_a_second_opinion_agrees_with_honest_work_and_not_with_the_work_for_anot
         assert env.second_opinion([Turn(content="")]) in (False, None)
     env.close()
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "opinion"),
+    [
+        ("42", True), ("The answer is \\boxed{42}.", True), ("42.0", True), ("84/2", True), ("1,042", False), ("41 or 42", True),
+        ("42 or 41", False), ("\\frac{84}{2}", None), ("", False), ("-42", False), ("1/0", False), ("9" * 5000, False),
+    ],
+)  # fmt: skip
+def test_the_second_opinion_on_a_number_reads_plain_forms_and_keeps_silent_about_formulas(text: str, opinion: bool | None) -> None:
+    env = resolve("math")()
+    task = next(env.tasks("train", 0, {}))
+    env.reset(options={"task": replace(task, private={**task.private, "answer": "42"})})
+    assert env.second_opinion([Turn(content=text)]) is opinion
