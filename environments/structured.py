@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from jsonschema import Draft202012Validator
 
-from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
+from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict, as_honeypot, unguessable
 from environments.knobs import check_choices, check_range, read_knobs, shows_working
 
 STYLES = ("brief", "full")
@@ -106,6 +106,12 @@ class StructuredEnv(TextEnv):
         gold = self.task.private["gold"]
         thought = "; ".join(f"{path}={spell(value)}" for path, value in leaves(gold)) if shows_working(self.knobs, rng) else ""
         return Turn(thought=thought, content=json.dumps(gold))
+
+    @classmethod
+    def honeypot(cls, task: Task, rng: random.Random) -> Task:
+        """Another number in the first field than the facts say."""
+        gold = task.private["gold"]
+        return as_honeypot(task, {"gold": {**gold, next(iter(gold)): unguessable(rng)}})
 
     def _verdict(self, status: Status, parses: float, valid: bool, fields: float, evidence: dict[str, str]) -> Verdict:
         correct = float(valid and fields == 1.0)

@@ -173,7 +173,7 @@ def test_nothing_is_said_of_nothing() -> None:
 
 # --- honeypots and second opinions of the built-ins ---------------------------------------------------------------------------
 
-POTS = ("math", "code", "tools", "long_context")
+POTS = ("math", "code", "tools", "long_context", "structured")
 
 
 @pytest.mark.parametrize("name", POTS)
