@@ -22,7 +22,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from environments import files
 from environments.base import TaskDraft, TextEnv, as_honeypot, unguessable
@@ -30,6 +30,10 @@ from environments.code_pipelines import KINDS, Pipeline, Step, draw_inputs, draw
 from environments.knobs import check_choices, check_range, read_knobs, shows_working
 from rl_core.seams import Observation
 from rl_core.types import Message, Status, Task, Turn, Verdict
+
+if TYPE_CHECKING:
+    from environments.sandbox import SandboxResult
+    from reward_models.code_cases import CaseScore
 
 KNOBS = {"kinds": list(KINDS), "num_steps": 3, "digits": 2, "cases": 8, **files.KNOBS}
 MAX_PROGRAM_CHARS = 20_000
@@ -145,16 +149,12 @@ class CodeEnv(TextEnv):
         sandbox = choose_sandbox(self.knobs["sandbox"])
         result = sandbox.run(SandboxJob(program=program, mode=mode, inputs=tuple(inputs), entry=public.get("entry", "f")))
         evidence = {"program": program[:2000], "sandbox": result.kind, "stderr": result.stderr_tail[-500:]}
-        if result.kind == "infra_error":
-            return Verdict(status=Status.INFRA_ERROR, reward=None, evidence=evidence, verifier_version=self.version)
         score = grade_cases(result.stdout, expected, text=mode == "stdin")
-        # Memory that ran out shows as cases that failed; where none did, every answer came out in time and is right.
-        correct = float(score.correct and result.kind in ("finished", "oom"))
-        late = score.timed_out or result.kind == "timeout"
+        status, reward = judged(result, score)
         return Verdict(
-            status=Status.TIMEOUT_MODEL if late else Status.OK,
-            reward=correct,
-            components={"correct": correct, "fraction": score.fraction, "ran": float(score.ran)},
+            status=status,
+            reward=reward,
+            components={} if reward is None else {"correct": reward, "fraction": score.fraction, "ran": float(score.ran)},
             evidence={**evidence, "failure": score.failure},
             verifier_version=self.version,
         )
@@ -163,6 +163,16 @@ class CodeEnv(TextEnv):
         components = {"correct": 0.0, "fraction": 0.0, "ran": 0.0}
         evidence = {"failure": reason[:500]}
         return Verdict(status=Status.INVALID_OUTPUT, reward=0.0, components=components, evidence=evidence, verifier_version=self.version)
+
+
+def judged(result: SandboxResult, score: CaseScore) -> tuple[Status, float | None]:
+    """Status and reward of one run: what the host knows about it, and how its cases did."""
+    if result.kind == "infra_error":
+        return Status.INFRA_ERROR, None
+    # Memory that ran out shows as cases that failed; where none did, every answer came out in time and is right.
+    reward = float(score.correct and result.kind in ("finished", "oom"))
+    late = score.timed_out or result.kind == "timeout"
+    return (Status.TIMEOUT_MODEL if late else Status.OK), reward
 
 
 def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,15 +98,14 @@ def _plugin() -> tuple[bool, str]:
 
 def _sandbox() -> tuple[bool, str]:
     from environments.sandbox.base import SandboxUnavailable
-    from environments.sandbox.choose import choose_sandbox, close_sandboxes
+    from environments.sandbox.choose import close_sandboxes, explain
 
     try:
-        sandbox = choose_sandbox("auto")
+        return True, explain("auto")
     except SandboxUnavailable as error:
         return False, str(error)
     finally:
         close_sandboxes()
-    return True, type(sandbox).__name__
 
 
 def _gpu() -> tuple[bool, str]:

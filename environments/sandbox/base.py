@@ -102,6 +102,10 @@ class Sandbox(Protocol):
     def run(self, job: SandboxJob) -> SandboxResult: ...
     def close(self) -> None: ...
 
+    def describe(self) -> str:
+        """Which backend this is and how it bounds programs here, in one line for people."""
+        ...
+
 
 def check_language(sandbox: Sandbox, job: SandboxJob) -> None:
     if job.language not in sandbox.languages:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import IO
@@ -25,7 +26,8 @@ from environments.sandbox.cgroups import Cgroup, CgroupFactory
 from environments.sandbox.pump import Pipes, pump
 from environments.sandbox.seccomp import filter_program
 
-_JOIN_THEN = 'for f in $JOIN; do echo $$ > "$f" || exit 125; done; unset JOIN; exec "$@"'
+_JOIN_THEN = 'echo 500 2>/dev/null >/proc/self/oom_score_adj; for f in $JOIN; do echo $$ > "$f" || exit 125; done; unset JOIN; exec "$@"'
+"""Where memory runs out on the machine, programs go before engines and learners; then into the control groups."""
 
 
 class BubblewrapSandbox(Sandbox):
@@ -74,6 +76,12 @@ class BubblewrapSandbox(Sandbox):
     def close(self) -> None:
         """Nothing stays warm."""
 
+    def describe(self) -> str:
+        bounds = "whole programs bounded by control groups"
+        if self._cgroups.why_not:
+            bounds = f"memory and processes bounded one by one only, as there is no control group ({self._cgroups.why_not})"
+        return f"bubblewrap: {self._bwrap}, up to {self._gate.width} programs at a time, {bounds}"
+
     def _run(self, job: SandboxJob, payload: bytes, slot: int, group: Cgroup | None, started: float) -> SandboxResult:
         try:
             process = subprocess.Popen(
@@ -108,7 +116,7 @@ class BubblewrapSandbox(Sandbox):
         return [
             str(self._bwrap),
             "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
-            "--die-with-parent", "--new-session", "--hostname", "box",
+            "--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "box",
             "--cap-drop", "ALL", *identity,
             "--clearenv", "--setenv", "POLYRL_SANDBOX", "1", "--setenv", "PATH", "/nowhere", "--setenv", "HOME", "/tmp",
             "--setenv", "LANG", "C.UTF-8", "--setenv", "LD_LIBRARY_PATH", "/python/lib",
@@ -122,18 +130,19 @@ class BubblewrapSandbox(Sandbox):
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         stdlib = self._prefix / "lib" / version
         # bwrap makes missing parents for root only; the program runs as somebody else.
-        mounts = [arg for path in ("/usr", "/python", "/python/bin", "/python/lib") for arg in ("--perms", "0755", "--dir", path)]
-        mounts += ["--ro-bind", "/usr/lib", "/usr/lib"]
+        folders = ("/usr", "/usr/lib", "/python", "/python/bin", "/python/lib")
+        mounts = [arg for path in folders for arg in ("--perms", "0755", "--dir", path)]
+        for libraries in _library_folders():
+            mounts += ["--ro-bind", str(libraries), str(libraries)]
         for name in ("lib", "lib32", "lib64", "usr/lib64"):
             path = Path("/", name)
             if path.is_symlink():
                 mounts += ["--symlink", os.readlink(path), str(path)]
-            elif path.is_dir():
-                mounts += ["--ro-bind", str(path), str(path)]
         mounts += ["--ro-bind", os.path.realpath(self._prefix / "bin" / version), "/python/bin/python3"]
         mounts += ["--ro-bind", str(stdlib), f"/python/lib/{version}"]
         for library in sorted((self._prefix / "lib").glob("libpython*.so*")):
             mounts += ["--ro-bind", str(library), f"/python/lib/{library.name}"]
+        # Nothing that is installed on the host for Python is a program's to read: it may hold the tests of a task.
         for packages in ("site-packages", "dist-packages"):
             if (stdlib / packages).is_dir():
                 mounts += ["--tmpfs", f"/python/lib/{version}/{packages}", "--remount-ro", f"/python/lib/{version}/{packages}"]
@@ -149,6 +158,20 @@ def _streams(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO
     assert process.stdout is not None
     assert process.stderr is not None
     return process.stdin, process.stdout, process.stderr
+
+
+def _library_folders() -> list[Path]:
+    """The host's folders of shared libraries, and as little beside them as the system's layout allows.
+
+    On Debian /usr/lib holds whatever else is installed, other interpreters' packages included; its libraries have one of their own.
+    """
+    triplet = str(sysconfig.get_config_var("MULTIARCH") or "none")
+    apart = [Path("/", top, triplet) for top in ("usr/lib", "lib") if not Path("/", top).is_symlink()]
+    loaders = [p for p in (Path("/lib64"), Path("/usr/lib64")) if p.is_dir() and not p.is_symlink()]
+    found = [p for p in [*apart, *loaders] if p.is_dir()]
+    if any((p / "libc.so.6").exists() for p in found):
+        return found
+    return [p for p in (Path("/usr/lib"), Path("/lib"), *loaders) if p.is_dir() and not p.is_symlink()]
 
 
 def _find_bwrap() -> Path:

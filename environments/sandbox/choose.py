@@ -9,6 +9,7 @@ from collections.abc import Callable
 from environments.sandbox.base import Sandbox, SandboxUnavailable
 
 _chosen: dict[str, Sandbox] = {}
+_passed_over: dict[str, list[str]] = {}
 _lock = threading.Lock()
 
 
@@ -21,8 +22,14 @@ def choose_sandbox(name: str = "auto") -> Sandbox:
         raise ValueError(f"sandbox {name!r}, wanted auto, docker or bubblewrap")
     with _lock:
         if name not in _chosen:
-            _chosen[name] = _first_that_works(_openers(name))
+            _chosen[name], _passed_over[name] = _first_that_works(_openers(name))
         return _chosen[name]
+
+
+def explain(name: str = "auto") -> str:
+    """Which backend `choose_sandbox(name)` gives here, and why none of those before it. Raises SandboxUnavailable as that does."""
+    sandbox = choose_sandbox(name)
+    return "; ".join([sandbox.describe(), *(f"not {reason}" for reason in _passed_over[name])])
 
 
 def close_sandboxes() -> None:
@@ -31,9 +38,10 @@ def close_sandboxes() -> None:
         for sandbox in {id(s): s for s in _chosen.values()}.values():
             sandbox.close()
         _chosen.clear()
+        _passed_over.clear()
 
 
-def _openers(name: str) -> list[Callable[[], Sandbox]]:
+def _openers(name: str) -> dict[str, Callable[[], Sandbox]]:
     def docker() -> Sandbox:
         from environments.sandbox.docker import DockerSandbox  # the docker package is imported only there
 
@@ -44,16 +52,18 @@ def _openers(name: str) -> list[Callable[[], Sandbox]]:
 
         return BubblewrapSandbox()
 
-    return {"auto": [docker, bubblewrap], "docker": [docker], "bubblewrap": [bubblewrap]}[name]
+    known = {"docker": docker, "bubblewrap": bubblewrap}
+    return known if name == "auto" else {name: known[name]}
 
 
-def _first_that_works(openers: list[Callable[[], Sandbox]]) -> Sandbox:
-    reasons = []
-    for opener in openers:
+def _first_that_works(openers: dict[str, Callable[[], Sandbox]]) -> tuple[Sandbox, list[str]]:
+    """The backend, and why each one before it was passed over."""
+    reasons: list[str] = []
+    for name, opener in openers.items():
         try:
-            return opener()
+            return opener(), reasons
         except SandboxUnavailable as error:
-            reasons.append(str(error))
+            reasons.append(f"{name}: {error}")
     raise SandboxUnavailable("no sandbox can isolate programs on this machine: " + "; ".join(reasons))
 
 

@@ -19,7 +19,7 @@ from environments.sandbox import base
 from environments.sandbox.base import READY, Limits
 from environments.sandbox.pump import pump
 
-LABEL, OWNER = "polyrl.sandbox", "polyrl.owner"
+LABEL, OWNER, INSTANCE = "polyrl.sandbox", "polyrl.owner", "polyrl.instance"
 ENVIRONMENT = {"POLYRL_SANDBOX": "1", "PATH": "/nowhere", "HOME": "/tmp", "LANG": "C.UTF-8"}
 _ABANDONED_S = 3600.0
 
@@ -132,10 +132,14 @@ class Container:
         with contextlib.suppress(Exception):  # it may have ended by itself
             self._api().kill(self.id)
 
-    def remove(self) -> None:
+    def remove(self) -> bool:
+        """Whether it is gone. Where the engine does not answer, it is not."""
         self._hang_up()
-        with contextlib.suppress(Exception):  # what stays is reaped by the next process that opens this backend
+        try:
             self._api().remove_container(self.id, force=True, v=True)
+        except Exception as error:  # noqa: BLE001 - the client raises many kinds; two answers mean that it is gone or going
+            return getattr(getattr(error, "response", None), "status_code", 0) in (404, 409)
+        return True
 
     def _hang_up(self) -> None:
         if self._stream is None:

@@ -14,15 +14,15 @@ import itertools
 import os
 import threading
 import time
+import uuid
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from environments.sandbox import base
 from environments.sandbox.base import Gate, Kind, Limits, Sandbox, SandboxJob, SandboxResult, SandboxUnavailable
-from environments.sandbox.containers import ENVIRONMENT, LABEL, OWNER, Container, abandoned, hardening, owner, shape
+from environments.sandbox.containers import ENVIRONMENT, INSTANCE, LABEL, OWNER, Container, abandoned, hardening, owner, shape
 from environments.sandbox.pump import Transcript, pump
 from environments.sandbox.seccomp import filter_program
 
@@ -47,9 +47,11 @@ class DockerSandbox(Sandbox):
         self._local = threading.local()
         self._counter = itertools.count()
         self._pool: deque[Container] = deque()
+        self._leftover: list[Container] = []  # used, and the engine did not answer when they were to be removed
         self._lock = threading.Lock()
         self._missing = 0  # containers that the builders were asked for and have not delivered
         self._closed = False
+        self._instance = uuid.uuid4().hex
         self._seccomp = self._check_engine()
         self._reap()
         self._builders = ThreadPoolExecutor(max_workers=_BUILDERS, thread_name_prefix="sandbox-build")
@@ -77,9 +79,14 @@ class DockerSandbox(Sandbox):
                 kind, answer, complaint = "infra_error", b"", f"{type(error).__name__}: {error}"[:500]
             seconds = time.monotonic() - started
             if container is not None:
-                self._submit(self._remover, container.remove)
+                self._discard_later(container)
             self._refill()
             return SandboxResult(kind=kind, stdout=answer, stderr_tail=complaint, wall_s=seconds)
+
+    def describe(self) -> str:
+        engine = self._api().version()
+        where = f"engine {engine['Version']}, image {IMAGE}"
+        return f"docker: {where}, up to {self._gate.width} programs at a time, {self._warm_size} containers kept warm"
 
     def close(self) -> None:
         """Remove every container of this process."""
@@ -89,8 +96,11 @@ class DockerSandbox(Sandbox):
             self._closed = True
         self._builders.shutdown(wait=True, cancel_futures=True)
         self._remover.shutdown(wait=True)
-        while self._pool:
-            self._pool.popleft().remove()
+        for container in [*self._pool, *self._leftover]:
+            container.remove()
+        with contextlib.suppress(Exception):  # the engine is gone: the next process that finds it again removes them
+            for found in self._api().containers(all=True, filters={"label": f"{INSTANCE}={self._instance}"}):
+                Container(self._api, found["Id"]).remove()
 
     def _talk(self, container: Container, job: SandboxJob) -> tuple[Kind, Transcript]:
         """Let the container run the job. Raises where the engine, and not the program, is why there is no answer."""
@@ -122,7 +132,7 @@ class DockerSandbox(Sandbox):
                     container = self._pool.popleft()
                 if container.alive:
                     return container
-                self._submit(self._remover, container.remove)
+                self._discard_later(container)
         return self._create(limits)
 
     def _refill(self) -> None:
@@ -130,7 +140,8 @@ class DockerSandbox(Sandbox):
             wanted = 0 if self._closed else self._warm_size - len(self._pool) - self._missing
             self._missing += max(0, wanted)
         for _ in range(wanted):
-            self._submit(self._builders, self._add)
+            with contextlib.suppress(RuntimeError):  # shut down meanwhile
+                self._builders.submit(self._add)
 
     def _add(self) -> None:
         container: Container | None = None
@@ -141,12 +152,19 @@ class DockerSandbox(Sandbox):
             if container is not None:
                 self._pool.append(container)
 
-    def _submit(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+    def _discard_later(self, container: Container) -> None:
         try:
-            pool.submit(work)
+            self._remover.submit(self._discard, container)
         except RuntimeError:  # shut down: then now
-            if pool is self._remover:
-                work()
+            self._discard(container)
+
+    def _discard(self, container: Container) -> None:
+        """Remove it, and those for which the engine did not answer before."""
+        with self._lock:
+            waiting, self._leftover = [*self._leftover, container], []
+        left = [c for c in waiting if not c.remove()]
+        with self._lock:
+            self._leftover += left
 
     def _create(self, limits: Limits) -> Container:
         api = self._api()
@@ -163,21 +181,22 @@ class DockerSandbox(Sandbox):
             working_dir="/tmp",
             stdin_open=True,
             network_disabled=True,
-            labels={LABEL: "1", OWNER: owner()},
+            labels={LABEL: "1", OWNER: owner(), INSTANCE: self._instance},
             host_config=api.create_host_config(**hardening(limits)),
         )
         container = Container(self._api, made["Id"])
         try:
             container.start()
         except Exception:
-            container.remove()
+            self._discard(container)
             raise
         return container
 
     # --- the engine ---------------------------------------------------------------------------------------------------
 
-    def _api(self, patience_s: int = _PATIENCE_S) -> Any:
+    def _api(self, patience_s: int | None = None) -> Any:
         """The engine's client. One per thread: a requests session is not made to be shared."""
+        patience_s = _PATIENCE_S if patience_s is None else patience_s
         clients: dict[int, Any] = self._local.__dict__.setdefault("clients", {})
         if patience_s not in clients:
             import docker

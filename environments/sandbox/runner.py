@@ -55,37 +55,41 @@ def main() -> None:
 
 
 def close_the_door(seccomp: bytes) -> None:
-    """No new privileges, no look into this process from its children (same uid), and the system calls of the filter, for good."""
-    prctl(38, 1)  # PR_SET_NO_NEW_PRIVS: both backends did it; a filter may not be installed without
-    prctl(4, 0)  # PR_SET_DUMPABLE: no ptrace, no /proc/PID/mem, no /proc/PID/fd
-    # struct sock_fprog: number of instructions, address of the first. The C half of ctypes brings a buffer's address along.
-    code = bytearray(seccomp)
-    held = _Buffer.from_buffer(code)
-    header = bytearray(16)
-    header[0:2] = (len(code) // 8).to_bytes(2, sys.byteorder)
-    header[8:16] = _ctypes.addressof(held).to_bytes(8, sys.byteorder)
-    prctl(22, 2, _ctypes.addressof(_Buffer.from_buffer(header)))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-
-
-class _Byte(_ctypes._SimpleCData):  # type: ignore[name-defined,misc,type-arg]
-    _type_ = "b"
-
-
-class _Buffer(_ctypes.Array):  # type: ignore[type-arg]
-    """Bytes at an address, of any length that from_buffer finds at least."""
-
-    _type_ = _Byte
-    _length_ = 16
-
-
-def prctl(option: int, *arguments: int) -> None:
-    address = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")  # type: ignore[attr-defined,arg-type]
-    if _ctypes.call_function(address, (option, *(_Word(a) for a in (*arguments, 0, 0, 0, 0)[:4]))) != 0:  # type: ignore[attr-defined]
-        sys.exit(f"prctl({option}) failed: this kernel or the sandbox's host does not allow it")
+    """No capability, no new privileges, no look into this process from its children (same uid), and the filter of system calls."""
+    header, none = memory((0x20080522).to_bytes(4, sys.byteorder) + bytes(4)), memory(bytes(24))
+    call("capset", address(header), address(none))  # changing uid left the inheritable ones
+    call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: both backends did it; a filter may not be installed without
+    call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no ptrace, no /proc/PID/mem, no /proc/PID/fd
+    # struct sock_fprog: number of instructions, then the address of the first.
+    code = memory(seccomp)
+    program = memory((len(seccomp) // 8).to_bytes(8, sys.byteorder) + address(code).to_bytes(8, sys.byteorder))
+    call("prctl", 22, 2, address(program), 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 class _Word(_ctypes._SimpleCData):  # type: ignore[name-defined,misc,type-arg]
     _type_ = "L"
+
+
+class _Buffer(_ctypes.Array):  # type: ignore[type-arg]
+    """The address of bytes, eight at least."""
+
+    _type_ = _Word
+    _length_ = 1
+
+
+def memory(content: bytes) -> _Buffer:
+    return _Buffer.from_buffer(bytearray(content))
+
+
+def address(held: _Buffer) -> int:
+    return _ctypes.addressof(held)
+
+
+def call(name: str, *arguments: int) -> None:
+    """A function of the C library that returns 0, or the end."""
+    function = _ctypes.dlsym(_ctypes.dlopen(None, 0), name)  # type: ignore[attr-defined,arg-type]
+    if _ctypes.call_function(function, tuple(_Word(a) for a in arguments)) != 0:  # type: ignore[attr-defined]
+        sys.exit(f"{name}{arguments} failed: this kernel or the sandbox's host does not allow it")
 
 
 def read_job() -> dict[str, Any]:

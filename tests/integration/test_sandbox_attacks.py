@@ -1,37 +1,115 @@
-"""Programs that try to be paid for nothing or to harm the machine. Each scores 0, is no failure of ours, and leaves the next run clean."""
+"""Programs that try to be paid for nothing or to harm the machine, on both backends, several at the same time.
+
+Each earns 0 with the status that its end deserves; no process, control group, container, mount or file of any is left; and a right
+program that runs after each class, while others are still attacking, is paid.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
+import random
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from environments.sandbox import Limits, Sandbox
-from tests.integration.attacks import FUNCTION_ATTACKS, MARK, NAME_ITSELF
-from tests.integration.sandboxes import BACKENDS, assert_next_run_is_clean, attempt, open_backend
+from environments.code import MAX_PROGRAM_CHARS, CodeEnv, judged
+from environments.sandbox import Limits, Sandbox, base
+from environments.sandbox.bubblewrap import BubblewrapSandbox
+from rl_core.types import Status, Turn
+from tests.integration.attacks import ATTACKS, BY_NAME, CANARY_FOLDER, CLASSES, MARK, Attack
+from tests.integration.sandboxes import BACKENDS, HONEST, SHORT, Attempt, attempt, open_backend
+
+AT_A_TIME = 8
+CALM = Limits(wall_s=40.0, case_wall_s=20.0)
+"""For whom time is not the point: a machine that has other things to do must not change the verdict."""
 
 
-@pytest.fixture(params=BACKENDS)
-def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
-    backend = open_backend(request.param)
-    yield backend
-    assert_next_run_is_clean(backend)
-    assert not marked_processes()
+@dataclass(kw_only=True)
+class Battle:
+    """What became of all attacks on one backend."""
+
+    groups_bounded: bool
+    attempts: dict[str, Attempt] = field(default_factory=dict)  # by name
+    honest: dict[int, Attempt] = field(default_factory=dict)  # by class, right after it
+    most_processes: int = 0  # of one program at any time, seen by the host
+    mounts_before: int = 0
 
 
-def marked_processes() -> list[str]:
-    """Processes on this machine that named themselves MARK, given a moment to be reaped."""
-    for _ in range(50):
-        found = [p for p in Path("/proc").glob("[0-9]*/comm") if read(p).strip() == MARK]
-        if not found:
-            return []
-        time.sleep(0.1)
-    return [str(p) for p in found]
+@pytest.fixture(scope="module", params=BACKENDS)
+def battle(request: pytest.FixtureRequest) -> Iterator[Battle]:
+    sandbox = open_own(request.param)
+    found = Battle(groups_bounded=getattr(sandbox, "group_limits", "cgroup") == "cgroup", mounts_before=mounts())
+    over = threading.Event()
+    watcher = threading.Thread(target=watch_processes, args=(found, over))
+    watcher.start()
+    try:
+        with ThreadPoolExecutor(AT_A_TIME) as threads:
+            waiting = []
+            for number in CLASSES:
+                waiting += [threads.submit(fight, sandbox, attack, found) for attack in ATTACKS if attack.number == number]
+                waiting.append(threads.submit(work, sandbox, number, found))
+        for job in waiting:
+            job.result()
+        work(sandbox, 0, found)
+        yield found
+    finally:
+        over.set()
+        watcher.join()
+        sandbox.close()
+
+
+def open_own(name: str) -> Sandbox:
+    """A backend of this test's own, as wide as it attacks; a skip where there is no Docker engine."""
+    open_backend(name)
+    if name == "bubblewrap":
+        return BubblewrapSandbox(width=AT_A_TIME)
+    from environments.sandbox.docker import DockerSandbox
+
+    return DockerSandbox(width=AT_A_TIME, warm=AT_A_TIME)
+
+
+def fight(sandbox: Sandbox, attack: Attack, found: Battle) -> None:
+    mode, inputs, expected = {
+        "forge": ("function", (20, 21), (40, 42)),
+        "stdin": ("stdin", ("20", "21"), ("40", "42")),
+        "probe": ("function", (20,), ([],)),
+    }[attack.kind]
+    limits = SHORT if attack.end == "late" else CALM
+    found.attempts[attack.name] = attempt(sandbox, attack.program, mode=mode, inputs=inputs, expected=expected, limits=limits)
+
+
+def work(sandbox: Sandbox, number: int, found: Battle) -> None:
+    found.honest[number] = attempt(sandbox, HONEST, limits=CALM)
+
+
+# --- what the host sees -----------------------------------------------------------------------------------------------
+
+
+def sandboxed() -> dict[int, int]:
+    """{uid: processes} of programs that this process started, by the host's view; those named MARK count as uid 0."""
+    ours = range(base.unprivileged_uid(0), base.unprivileged_uid(255) + 1)
+    counts: dict[int, int] = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        lines = dict(line.split(":\t", 1) for line in read(status).splitlines() if ":\t" in line)
+        uid = int(lines["Uid"].split()[0]) if "Uid" in lines else -1
+        if uid in ours or lines.get("Name") == MARK:
+            counts[uid if uid in ours else 0] = counts.get(uid if uid in ours else 0, 0) + 1
+    return counts
+
+
+def watch_processes(found: Battle, over: threading.Event) -> None:
+    while not over.wait(0.2):
+        found.most_processes = max([found.most_processes, *sandboxed().values()])
+
+
+def mounts() -> int:
+    return len(read(Path("/proc/self/mounts")).splitlines())
 
 
 def read(path: Path) -> str:
@@ -41,57 +119,88 @@ def read(path: Path) -> str:
         return ""
 
 
-@pytest.mark.parametrize("attack", FUNCTION_ATTACKS)
-def test_a_hostile_function_earns_nothing_and_is_never_a_failure_of_ours(sandbox: Sandbox, attack: str) -> None:
-    tried = attempt(sandbox, FUNCTION_ATTACKS[attack])
-    assert not tried.paid, tried
-    assert tried.result.kind != "infra_error", tried
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true within some seconds: what was killed takes a moment to go."""
+    for _ in range(100):
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "while True: print('40')",
-        "import os\nwhile True: os.write(1, b'\\xff' * 65536)",
-        "print('a' * 1_000_000_000)",
-        "print('PASS')",
-        "exit(0)",
-        "input(); input()",
-    ],
-    ids=["endless output", "endless binary output", "one line of a gigabyte", "printed verdict", "exit", "reads past the end"],
-)
-def test_a_hostile_program_on_stdin_earns_nothing(sandbox: Sandbox, program: str) -> None:
-    tried = attempt(sandbox, program, mode="stdin", inputs=("20", "21"), expected=("40", "42"))
-    assert not tried.paid, tried
-    assert tried.result.kind != "infra_error", tried
+# --- the attacks ------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_attacks_of_every_class() -> None:
+    elsewhere = {24}  # the test of sixteen siblings below
+    assert {a.number for a in ATTACKS} == set(CLASSES) - elsewhere
+    assert len({a.program for a in ATTACKS}) == len(ATTACKS) >= 80
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=[a.id for a in ATTACKS])
+def test_an_attack_earns_nothing_and_ends_as_it_deserves(battle: Battle, attack: Attack) -> None:
+    tried = battle.attempts[attack.name]
+    status, reward = judged(tried.result, tried.score)
+    if attack.kind == "probe":
+        assert tried.paid, f"it reached something, or did not come to its end: {tried}"
+        return
+    assert reward == 0.0, tried
+    assert status is (Status.TIMEOUT_MODEL if attack.end == "late" else Status.OK), tried
+    out_of_memory = attack.end == "oom" and battle.groups_bounded
+    if attack.end == "flood":
+        assert tried.result.kind == "output_limit" or b'"state": "output"' in tried.result.stdout, tried
+    elif attack.end != "late":
+        assert tried.result.kind == ("oom" if out_of_memory else "finished"), tried
+    assert all(c.isprintable() or c == "\n" for c in tried.result.stderr_tail)
+
+
+@pytest.mark.parametrize("number", [0, *CLASSES])
+def test_a_right_program_after_the_attacks_is_paid(battle: Battle, number: int) -> None:
+    assert battle.honest[number].paid, battle.honest[number]
+
+
+def test_the_host_is_as_it_was(battle: Battle) -> None:
+    assert battle.most_processes <= Limits().processes + 8
+    assert soon(lambda: not sandboxed()), sandboxed()
+    assert soon(lambda: mounts() == battle.mounts_before)
+    assert not [p for p in Path("/sys/fs/cgroup").glob(f"*/polyrl-{os.getpid()}-*") if p.is_dir()]
+    assert not [p for folder in ("/tmp", "/dev/shm", ".") for p in Path(folder).glob(f"{MARK}*")]
+    assert not Path(CANARY_FOLDER).exists()
+
+
+# --- those that need more than a program ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=BACKENDS)
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    return open_backend(request.param)
 
 
 def test_the_right_function_is_paid_whatever_it_prints(sandbox: Sandbox) -> None:
     assert attempt(sandbox, "print('FAIL')\ndef f(x):\n print(x)\n return x*2").paid
 
 
-def test_reading_the_environment_and_other_processes_finds_nothing(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sixteen_siblings_at_their_limits_do_not_keep_an_honest_program_from_its_turn(sandbox: Sandbox) -> None:
+    with ThreadPoolExecutor(17) as threads:
+        siblings = [threads.submit(attempt, sandbox, BY_NAME["spin"].program, inputs=(20,), expected=(40,)) for _ in range(4)]
+        siblings += [threads.submit(attempt, sandbox, BY_NAME["thread bomb"].program, inputs=(20,), expected=(40,)) for _ in range(12)]
+        honest = threads.submit(attempt, sandbox, HONEST, limits=CALM)
+        assert honest.result().paid
+    assert not any(s.result().paid or s.result().result.kind == "infra_error" for s in siblings)
+
+
+def test_a_program_sees_none_of_the_hosts_secrets(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("POLYRL_CANARY", "canary-5f1d")
-    program = """
-import os
-def f(paths):
-    found = [repr(dict(os.environ))]
-    for path in paths:
-        try: found.append(repr(os.listdir(path)))
-        except OSError: pass
-        try: found.append(open(path, 'rb').read(10000).decode('latin-1'))
-        except OSError: pass
-    processes = [p for p in os.listdir('/proc') if p.isdigit()] if os.path.isdir('/proc') else []
-    return [repr(found), len(processes)]
-"""
-    paths = ["/proc/1/environ", "/proc/self/environ", "/etc/shadow", "/var/run/docker.sock", "/root", "/home", os.getcwd()]
-    tried = attempt(sandbox, program, inputs=(paths,), expected=("",))
-    assert tried.score.ran, tried
-    text, processes = json.loads(json.loads(tried.result.stdout)["out"])
-    assert "canary" not in text
-    assert "root:" not in text
-    assert "pyproject" not in text
-    assert processes <= 3, "the runner and its child, and nobody else"
+    (tmp_path / "secret").write_text("canary-5f1d")
+    for name in ("environment", "environments of processes", "any file with the canary"):
+        assert attempt(sandbox, BY_NAME[name].program, inputs=(1,), expected=([],), limits=CALM).paid, name
+    program = "import os\ndef f(p): return [os.path.exists(p), os.path.exists(os.path.dirname(p)), os.path.exists('/tmp/pytest-of-root')]"
+    assert attempt(sandbox, program, inputs=(str(tmp_path / "secret"),), expected=([False] * 3,), limits=CALM).paid
+
+
+def test_a_megabyte_of_input_that_nobody_reads_holds_nothing_up(sandbox: Sandbox) -> None:
+    tried = attempt(sandbox, "print(1)", mode="stdin", inputs=("a" * 1_000_000,) * 2, expected=("1", "1"), limits=CALM)
+    assert tried.paid, tried
 
 
 def test_a_search_of_all_memory_objects_does_not_find_the_expected_value(sandbox: Sandbox) -> None:
@@ -114,63 +223,14 @@ def f(x):
     assert attempt(sandbox, program, inputs=(expected,), expected=(expected,)).paid, "the search itself does not work"
 
 
-def test_nothing_outside_can_be_reached(sandbox: Sandbox) -> None:
-    program = """
-import socket
-internet4, internet6, unix, vsock, stream, datagram, raw = 2, 10, 1, 40, 1, 2, 3
-TARGETS = [
-    (internet4, stream, ('127.0.0.1', 22)), (internet4, stream, ('1.1.1.1', 53)), (internet4, datagram, ('8.8.8.8', 53)),
-    (internet6, stream, ('::1', 22)), (internet6, datagram, ('2606:4700::1111', 53)), (internet4, raw, ('127.0.0.1', 0)),
-    (unix, stream, chr(0) + 'polyrl'), (unix, stream, '/var/run/docker.sock'), (vsock, stream, (2, 22)),
-]
-def f(port):
-    reached = []
-    for family, kind, address in [*TARGETS, (internet4, stream, ('127.0.0.1', port))]:
-        try:
-            s = socket.socket(family, kind); s.settimeout(0.5); s.connect(address); reached.append(repr(address))
-        except OSError: pass
-    try: reached.append(socket.gethostbyname('example.com'))
-    except OSError: pass
-    return reached
-"""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        tried = attempt(sandbox, program, inputs=(listening.getsockname()[1],), expected=([],))
-    assert tried.paid, tried
-
-
-def test_a_daemon_does_not_outlive_its_case(sandbox: Sandbox) -> None:
-    program = (
-        NAME_ITSELF + "\nimport os, time\ndef f(x):\n if os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n"
-        "   for _ in range(600):\n    time.sleep(0.1)\n    open('/tmp/mark', 'w').close()\n  os._exit(0)\n return x*2"
-    )
-    tried = attempt(sandbox, program)
-    assert tried.result.kind == "finished"
-    assert not marked_processes()
-    assert attempt(sandbox, "import os\ndef f(x): return os.listdir('/tmp')", inputs=(1,), expected=([],)).paid
-
-
 def test_cases_do_not_share_memory(sandbox: Sandbox) -> None:
     program = "import builtins\ndef f(x):\n builtins.calls = getattr(builtins, 'calls', 0) + 1\n return builtins.calls"
     assert attempt(sandbox, program, inputs=(1, 1, 1), expected=(1, 1, 1)).paid
 
 
-def test_a_program_has_no_privilege_left(sandbox: Sandbox) -> None:
-    program = """
-import ctypes, os
-libc = ctypes.CDLL(None, use_errno=True)
-def capable():  # capget, version 3: effective, permitted, inheritable, twice
-    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert libc.capget(header, data) == 0
-    return data[0] + data[1] + data[3] + data[4]
-def f(x):
-    ambient = sum(libc.prctl(47, 1, cap, 0, 0) > 0 for cap in range(41))
-    refused = [libc.unshare(0x10000000), libc.mount(b'a', b'/tmp', b'tmpfs', 0, None), libc.setuid(0), libc.chroot(b'/tmp'),
-               libc.syscall(323, 0), libc.syscall(425, 1, None)]
-    return [os.getuid() >= 65534, os.getgid() >= 65534, capable(), ambient, libc.prctl(39, 0, 0, 0, 0), libc.prctl(21, 0, 0, 0, 0),
-            sum(r != -1 for r in refused)]
-"""
-    tried = attempt(sandbox, program, inputs=(1,), expected=([True, True, 0, 0, 1, 2, 0],))
-    assert tried.paid, tried
+def test_cases_do_not_share_files(sandbox: Sandbox) -> None:
+    program = "import os\ndef f(x):\n found = os.listdir('/tmp')\n os.makedirs('/tmp/a/b'); open('/tmp/c', 'w').close()\n return found"
+    assert attempt(sandbox, program, inputs=(1, 1, 1), expected=([], [], []), limits=CALM).paid
 
 
 def test_nothing_but_tmp_can_be_written(sandbox: Sandbox) -> None:
@@ -189,13 +249,45 @@ def f(x):
     assert tried.paid, tried
 
 
-def test_memory_of_many_processes_is_reported_as_out_of_memory(sandbox: Sandbox) -> None:
-    if getattr(sandbox, "group_limits", "cgroup") != "cgroup":
-        pytest.skip("no writable cgroups here: memory is bounded per process only")
-    assert attempt(sandbox, FUNCTION_ATTACKS["memory in many processes"]).result.kind == "oom"
+# --- through the environment: what the policy says, and what it is told -----------------------------------------------
+
+SOURCES = {
+    "zero bytes": ("def f(x):\n return x\0", Status.INVALID_OUTPUT),
+    "ten megabytes": ("x=1\n" * 2_500_000, Status.INVALID_OUTPUT),
+    "just too long": ("#" * (MAX_PROGRAM_CHARS + 1), Status.INVALID_OUTPUT),
+    "nothing": ("```python\n```", Status.INVALID_OUTPUT),
+    "a byte order mark": ("\ufeffdef f(x): return 0", Status.OK),
+    "half a character": ("def f(x): return '\ud800'", Status.OK),
+    "the right program in the block before the last": ("```python\nRIGHT\n```\n```python\ndef f(x): return 0\n```", Status.OK),
+    "a block within a block": ("```python\n```python\nRIGHT\n```\ndef f(x): return 0\n```", Status.OK),
+}
 
 
-def test_a_program_that_never_ends_is_reported_as_a_time_out(sandbox: Sandbox) -> None:
-    for attack in ("spin", "spin deaf to signals", "sleep"):
-        tried = attempt(sandbox, FUNCTION_ATTACKS[attack])
-        assert tried.score.timed_out or tried.result.kind == "timeout", (attack, tried)
+@pytest.mark.parametrize("case", SOURCES)
+def test_a_source_that_plays_tricks_earns_nothing(sandbox: Sandbox, case: str) -> None:
+    task = CodeEnv.task_at("eval", 0, 0, {"kinds": ["ints"]})
+    env = CodeEnv(sandbox=sandbox.name)
+    env.reset(options={"task": task})
+    source, status = SOURCES[case]
+    verdict = env.step(Turn(content=source))[4]["verdict"]
+    assert (verdict.status, verdict.reward) == (status, 0.0), verdict
+
+
+def test_a_right_program_in_the_thought_alone_is_not_graded(sandbox: Sandbox) -> None:
+    task = CodeEnv.task_at("eval", 0, 0, {"kinds": ["ints"]})
+    env = CodeEnv(sandbox=sandbox.name)
+    right = env.oracle(env.reset(options={"task": task})[1]["observation"], random.Random(0)).content
+    assert env.step(Turn(thought=right, content="def f(x): return 0"))[4]["verdict"].reward == 0.0
+
+
+def test_the_policy_is_told_nothing_about_hidden_cases_and_has_one_try(sandbox: Sandbox) -> None:
+    task = CodeEnv.task_at("eval", 0, 0, {"kinds": ["ints"]})
+    env = CodeEnv(sandbox=sandbox.name)
+    env.reset(options={"task": task})
+    _, reward, terminated, _, info = env.step(Turn(content="import sys\ndef f(x):\n print(x, file=sys.stderr)\n raise ValueError(x)"))
+    assert (reward, terminated) == (0.0, True)
+    assert info["observation"].messages == ()
+    with pytest.raises(RuntimeError, match="after the end of the episode"):
+        env.step(Turn(content="def f(x): return 0"))
+    written = json.dumps(dict(info["verdict"].evidence))
+    assert not [value for value in task.private["expected"] if str(value) in written]
