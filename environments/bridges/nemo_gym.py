@@ -75,7 +75,8 @@ class NemoGymEnv(TextEnv):
                 raise ValueError(f"a row declares the tool {name!r}, which is a route of the server's own or no name")
         self._post("seed_session", task.private["row"]).raise_for_status()
         tools = tuple(
-            {"name": t["name"], "description": t.get("description") or "", "parameters": t.get("parameters") or {}} for t in self._tools.values()
+            {"name": t["name"], "description": t.get("description") or "", "parameters": t.get("parameters") or {}}
+            for t in self._tools.values()
         )
         messages = tuple(Message(role=m["role"], content=m["content"]) for m in task.public["messages"])
         return Observation(messages=messages, tools=tools)
@@ -135,7 +136,9 @@ class NemoGymEnv(TextEnv):
         reward = min(1.0, max(0.0, (raw - self.knobs["low"]) / (self.knobs["high"] - self.knobs["low"])))
         if raw != raw:
             raise RuntimeError("the server's verifier answered with a reward that is no number")
-        return Verdict(status=Status.OK, reward=reward, components={"reward": raw} | components(found), evidence={"server": self.knobs["url"]})
+        return Verdict(
+            status=Status.OK, reward=reward, components={"reward": raw} | components(found), evidence={"server": self.knobs["url"]}
+        )
 
     def _post(self, route: str, body: Any) -> requests.Response:
         assert self._http is not None
@@ -175,7 +178,9 @@ def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
     """The knobs that `options` set. Raises ValueError."""
     knobs = read_knobs(NemoGymEnv.id, KNOBS, options)
     if not re.match(r"https?://", knobs["url"]):
-        raise ValueError(f"environment 'nemo_gym': option url is {knobs['url']!r}, wanted the resource server's address, such as http://127.0.0.1:8001")
+        raise ValueError(
+            f"environment 'nemo_gym': option url is {knobs['url']!r}, wanted the resource server's address, such as http://127.0.0.1:8001"
+        )
     check_range(NemoGymEnv.id, "timeout_s", knobs["timeout_s"], 0.1, 3600)
     if not knobs["low"] < knobs["high"]:
         raise ValueError(f"environment 'nemo_gym': low={knobs['low']} and high={knobs['high']}, wanted low < high")
@@ -187,7 +192,9 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a JSONL file. Raises ValueError that names the file and line."""
     file = Path(path)
     if not path or not file.is_file():
-        raise ValueError(f"environment 'nemo_gym': option rows is {path!r}, wanted a JSONL file such as a resource server's data/example.jsonl")
+        raise ValueError(
+            f"environment 'nemo_gym': option rows is {path!r}, wanted a JSONL file such as a resource server's data/example.jsonl"
+        )
     return _rows(path, file.stat().st_mtime_ns)
 
 
@@ -200,7 +207,9 @@ def _rows(path: str, changed: int) -> list[dict[str, Any]]:
             row = json.loads(line)
             row["responses_create_params"]["input"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"environment 'nemo_gym': {path}, line {number} is no NeMo-Gym row ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"environment 'nemo_gym': {path}, line {number} is no NeMo-Gym row ({type(error).__name__}: {error})"
+            ) from error
         rows.append(row)
     if not rows:
         raise ValueError(f"environment 'nemo_gym': {path} is empty")

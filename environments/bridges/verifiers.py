@@ -186,7 +186,10 @@ def make_client(ask: Callable[[list[Any], list[Any]], Any]) -> Any:
             return None
 
         async def from_native_response(self, response: Turn) -> Any:
-            calls = [types.ToolCall(id=f"call_{i}", name=c.name, arguments=json.dumps(dict(c.arguments))) for i, c in enumerate(response.tool_calls)]
+            calls = [
+                types.ToolCall(id=f"call_{i}", name=c.name, arguments=json.dumps(dict(c.arguments)))
+                for i, c in enumerate(response.tool_calls)
+            ]
             message = types.ResponseMessage(
                 content=response.content, reasoning_content=response.thought or None, tool_calls=calls or None,
                 finish_reason="tool_calls" if calls else "stop", is_truncated=False,
@@ -216,7 +219,9 @@ def _load(name: str, arguments: str) -> Any:
     except Exception as error:
         raise ValueError(f"environment 'verifiers': loading {name!r} raised {type(error).__name__}: {error}") from error
     if not isinstance(env, package.MultiTurnEnv):
-        raise ValueError(f"environment 'verifiers': {name!r} gave a {type(env).__name__}, wanted a verifiers.MultiTurnEnv (a single turn is one)")
+        raise ValueError(
+            f"environment 'verifiers': {name!r} gave a {type(env).__name__}, wanted a verifiers.MultiTurnEnv (a single turn is one)"
+        )
     if env.rubric.has_group_rewards:
         raise ValueError(f"environment 'verifiers': the rubric of {name!r} scores whole groups, which a reward of one episode cannot be")
     for rubric in getattr(env.rubric, "rubrics", [env.rubric]):

@@ -27,7 +27,11 @@ NEEDS = [
     "pydot==4.0.1", "scipy==1.17.1", "wandb==0.31.0", "yappi==1.7.6",
 ]  # fmt: skip
 """What `nemo_gym.base_resources_server` imports and the project's own environment lacks, or has in another version."""
-FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyrl" / f"nemo-gym-{VERSION}-py{sys.version_info[0]}{sys.version_info[1]}"
+FOLDER = (
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    / "polyrl"
+    / f"nemo-gym-{VERSION}-py{sys.version_info[0]}{sys.version_info[1]}"
+)
 INSTALL_S = 240
 START_S = 60
 
@@ -84,7 +88,12 @@ def server(name: str, log: Path) -> Iterator[str]:
     }  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "app.py"], cwd=folder / "resources_servers" / name, env=environ, stdout=output, stderr=output, start_new_session=True
+            [sys.executable, "app.py"],
+            cwd=folder / "resources_servers" / name,
+            env=environ,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
