@@ -81,6 +81,11 @@ class EnvState:
         values = self.values(metric)[-window:]
         return fmean(values) if values else None
 
+    def mean(self, metric: str) -> float | None:
+        """Over all steps that had the metric."""
+        values = self.values(metric)
+        return fmean(values) if values else None
+
     @property
     def gain(self) -> float | None:
         """Points of pass rate gained on held-out tasks, 0.15 for fifteen; None while one end is missing."""
@@ -118,6 +123,7 @@ class RunState:
     version: int = 0
     steps: int = 0
     max_staleness: int | None = None  # the configured bound
+    objective: str = ""  # the rules in force, in words
     environments: dict[str, EnvState] = field(default_factory=dict)
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """Metric name, environments excepted -> [(policy version, value)]."""
@@ -157,6 +163,7 @@ class RunState:
         self.started = self.started or event.time
         self.outcome, self.reason, self.seconds = "", "", None  # a resumed run goes on
         self.max_staleness = data.get("max_staleness")
+        self.objective = str(data.get("objective", ""))
         shares: Mapping[str, float] = data["environments"]
         total = sum(shares.values()) or 1.0
         for name, share in shares.items():
@@ -190,6 +197,7 @@ class RunState:
             "seconds": self.seconds,
             "step": self.version,
             "steps": self.steps,
+            "objective": self.objective,
             "training_seconds": self.last("progress/elapsed_s"),
             "staleness": {"bound": self.max_staleness, "max": max(self.values("learner/staleness_max"), default=None)},
             "logprob_agreement_nats": {

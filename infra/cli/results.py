@@ -56,6 +56,7 @@ def show(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json =
     typer.echo(f"  {totals(state)}\n")
     _print_table(state)
     _print_buckets(state)
+    _print_objective(state)
     typer.echo(f"\n{_rollout_counts(stored)}\n{stored.run_dir}")
 
 
@@ -115,6 +116,20 @@ def _print_table(state: RunState) -> None:
             f" {number(env.last('groups_trained'), '.0f'):>7} {number(env.last('share'), '.0%') + '/' + format(env.share, '.0%'):>10}"
             f" {number(figures['staleness']['mean'], '.2f') + '/' + number(staleness, '.0f'):>9}"
             f" {number(figures['mtp_acceptance'], '.0%'):>8} {number(figures['tokens_per_engine_step'], '.2f'):>9}"
+        )
+
+
+def _print_objective(state: RunState) -> None:
+    """The rules in force, and what they did in each environment: means over all steps."""
+    trained = [env for env in state.environments.values() if env.mean("masked_share") is not None]
+    if not trained:
+        return
+    typer.echo(f"\n{state.objective or 'objective'}")
+    typer.echo(f"{'':<14} {'masked':>8} {'clipped':>8} {'ess':>8} {'mismatch KL':>12} {'entropy':>8}")
+    for env in trained:
+        typer.echo(
+            f"{env.name:<14} {number(env.mean('masked_share'), '.2%'):>8} {number(env.mean('clip_share'), '.2%'):>8}"
+            f" {number(env.mean('ess'), '.3f'):>8} {number(env.mean('mismatch_kl'), '.2g'):>12} {number(env.mean('entropy'), '.3f'):>8}"
         )
 
 

@@ -61,7 +61,14 @@ def events(*, steps: int = 4, finished: bool = True) -> list[Event]:
     rows = [
         Event(
             kind="run_started",
-            data={"run": "demo", "steps": steps, "environments": {"math": 3.0, "code": 1.0}, "max_staleness": 1, "speculative_tokens": 2},
+            data={
+                "run": "demo",
+                "steps": steps,
+                "environments": {"math": 3.0, "code": 1.0},
+                "max_staleness": 1,
+                "speculative_tokens": 2,
+                "objective": "ppo clip; masked importance",
+            },
         ),
         Event(kind="phase", data={"name": "training", "detail": f"{steps} steps"}),
         Event(kind="eval", data={"version": 0, "label": "before", "environments": {"math": score(0.3), "code": score(0.2)}}),
@@ -70,7 +77,8 @@ def events(*, steps: int = 4, finished: bool = True) -> list[Event]:
         metrics = {
             "env/math/reward": 0.3 + 0.1 * step, "env/math/groups_trained": 3.0 * step, "env/math/share": 0.75,
             "env/math/staleness_mean": 0.5, "env/math/staleness_max": 1.0, "env/math/mtp_acceptance": 0.6,
-            "env/math/tokens_per_engine_step": 1.9, "learner/staleness_max": 1.0, "learner/tokens_per_s": 9000.0,
+            "env/math/tokens_per_engine_step": 1.9, "env/math/masked_share": 0.01 * step, "env/math/ess": 0.9, "env/math/entropy": 0.5,
+            "learner/staleness_max": 1.0, "learner/tokens_per_s": 9000.0,
             "sync/logprob_error_mean": 2e-6 * step, "sync/logprob_error_max": 3e-5, "sync/pause_ms": 40.0 + step,
             "progress/elapsed_s": 5.0 * step, "progress/eta_s": 5.0 * (steps - step), "rollout/tokens_per_s": 4000.0,
         }  # fmt: skip

@@ -172,6 +172,8 @@ def test_a_killed_run_can_be_shown_and_drawn(polyrl: Call, tmp_path: Path) -> No
     code, out, _ = polyrl("show", "--runs-dir", str(tmp_path))
     assert code == 0
     assert "killed" in out
+    assert "ppo clip; masked importance" in out
+    assert ["math", "2.50%", "-", "0.900", "-", "0.500"] in [line.split() for line in out.splitlines()]
     assert polyrl("curves", "--runs-dir", str(tmp_path))[0] == 0
     assert (tmp_path / "one" / "curves.png").is_file()
     assert "killed" in polyrl("runs", "--runs-dir", str(tmp_path))[1]
