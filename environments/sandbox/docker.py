@@ -50,6 +50,7 @@ class DockerSandbox(Sandbox):
         self._leftover: list[Container] = []  # used, and the engine did not answer when they were to be removed
         self._lock = threading.Lock()
         self._missing = 0  # containers that the builders were asked for and have not delivered
+        self._removing = 0
         self._closed = False
         self._instance = uuid.uuid4().hex
         self._seccomp = self._check_engine()
@@ -62,9 +63,10 @@ class DockerSandbox(Sandbox):
             raise SandboxUnavailable(f"the Docker engine cannot run the image {IMAGE} ({probe.kind}: {probe.stderr_tail[-300:]})")
 
     @property
-    def warm(self) -> int:
-        """Containers that wait for a program right now."""
-        return len(self._pool)
+    def settled(self) -> bool:
+        """Whether the pool is full and what was used is gone: nothing goes on in the background."""
+        with self._lock:
+            return len(self._pool) >= self._warm_size and not self._missing and not self._removing
 
     def run(self, job: SandboxJob) -> SandboxResult:
         base.check_language(self, job)
@@ -153,6 +155,8 @@ class DockerSandbox(Sandbox):
                 self._pool.append(container)
 
     def _discard_later(self, container: Container) -> None:
+        with self._lock:
+            self._removing += 1
         try:
             self._remover.submit(self._discard, container)
         except RuntimeError:  # shut down: then now
@@ -164,6 +168,7 @@ class DockerSandbox(Sandbox):
             waiting, self._leftover = [*self._leftover, container], []
         left = [c for c in waiting if not c.remove()]
         with self._lock:
+            self._removing -= 1
             self._leftover += left
 
     def _create(self, limits: Limits) -> Container:
@@ -188,7 +193,7 @@ class DockerSandbox(Sandbox):
         try:
             container.start()
         except Exception:
-            self._discard(container)
+            self._discard_later(container)
             raise
         return container
 

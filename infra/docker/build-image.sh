@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Make the sandbox image on the engine that DOCKER_HOST names: from the Dockerfile where a registry answers, else from Debian
-# packages with debootstrap and docker import (root; half a minute). Does nothing if the image is there.
+# Make the sandbox image on the engine that DOCKER_HOST names, from the Dockerfile beside this file: on Python's own image where a
+# registry answers, else on a base of Debian packages (debootstrap and docker import; root; half a minute). Does nothing if the
+# image is there.
 #     infra/docker/build-image.sh [TAG]
 set -euo pipefail
 
@@ -20,11 +21,13 @@ log=$(mktemp)
 work=$(mktemp -d)
 trap 'rm -rf "$work" "$log"' EXIT
 
-if timeout 300 docker build --network none -t "$tag" "$here" >"$log" 2>&1; then
+build() { timeout 300 docker build --network none -t "$tag" "$@" "$here" >"$log" 2>&1; }
+
+if build; then
     echo "build-image: built $tag from the Dockerfile" >&2
     exit 0
 fi
-echo "build-image: no image from a registry ($(tail -1 "$log")); building from Debian packages" >&2
+echo "build-image: no image from a registry ($(tail -1 "$log")); taking Debian packages" >&2
 if [ "$(id -u)" -ne 0 ]; then
     echo "build-image: debootstrap needs root; run as root, or give the engine access to a registry" >&2
     exit 1
@@ -41,8 +44,12 @@ if ! debootstrap --variant=minbase --include=python3 bookworm "$work/root" "$mir
     echo "build-image: debootstrap from $mirror failed; set POLYRL_DEBIAN_MIRROR to a mirror that answers" >&2
     exit 1
 fi
-# Nothing to escalate with, and nothing that a Python program needs to read.
-find "$work/root" -xdev -perm /6000 -type f -exec chmod a-s {} +
-rm -rf "$work"/root/var/cache/apt "$work"/root/var/lib/apt/lists "$work"/root/usr/share/{doc,locale,man}
-tar -C "$work/root" -c . | docker import --change 'USER 65534:65534' - "$tag" >/dev/null
-echo "build-image: imported $tag" >&2
+base=polyrl-sandbox-base:1
+tar -C "$work/root" -c --exclude=./var/cache/apt --exclude=./var/lib/apt/lists --exclude="./usr/share/doc/*" --exclude="./usr/share/locale/*" . |
+    docker import - "$base" >/dev/null
+if ! build --build-arg "BASE=$base"; then
+    tail -5 "$log" >&2
+    echo "build-image: the Dockerfile failed on $base" >&2
+    exit 1
+fi
+echo "build-image: built $tag from the Dockerfile, on Debian packages" >&2

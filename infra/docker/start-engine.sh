@@ -39,6 +39,10 @@ if ! command -v dockerd >/dev/null; then
     }
 fi
 
+# The engine lives on: it must not keep open what our caller holds, a lock for example.
+for fd in 3 4 5 6 7 8 9; do
+    eval "exec $fd>&-"
+done
 # No bridge and no iptables: both need kernel modules that small machines lack.
 setsid dockerd --iptables=false --ip6tables=false --bridge=none --data-root "$state/data" --exec-root "$state/exec" \
     --pidfile "$state/dockerd.pid" -H "$address" >"$state/dockerd.log" 2>&1 </dev/null &

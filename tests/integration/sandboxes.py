@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,10 @@ def attempt(
 HONEST = "def f(x):\n return x*2"
 
 
-def assert_next_run_is_clean(sandbox: Sandbox) -> None:
-    after = attempt(sandbox, HONEST, limits=Limits())
-    assert after.paid, after
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true within some seconds: what was killed takes a moment to go."""
+    for _ in range(100):
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False

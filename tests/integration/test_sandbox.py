@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from environments.sandbox.bubblewrap import BubblewrapSandbox
 from environments.sandbox.cgroups import CgroupFactory
 from environments.sandbox.seccomp import filter_program
 from rl_core.types import Status, Task, Turn, Verdict
-from tests.integration.sandboxes import BACKENDS, HONEST, attempt, open_backend
+from tests.integration.sandboxes import BACKENDS, HONEST, attempt, open_backend, soon
 
 
 @pytest.fixture(params=BACKENDS)
@@ -120,8 +121,12 @@ def test_bubblewrap_is_chosen_where_no_engine_answers(monkeypatch: pytest.Monkey
     from environments.sandbox import choose
 
     monkeypatch.setattr(choose, "_chosen", {})
+    monkeypatch.setattr(choose, "_passed_over", {})
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
     assert choose_sandbox("auto").name == "bubblewrap"
+    told = choose.explain("auto")
+    assert told.startswith("bubblewrap: ")
+    assert "not docker: no Docker engine at unix:///nonexistent/docker.sock; start one" in told
 
 
 def test_control_groups_of_version_two_get_the_same_limits(tmp_path: Path) -> None:
@@ -167,7 +172,10 @@ def test_a_container_has_every_limit_that_the_host_config_names() -> None:
     assert host["PidsLimit"] == Limits().processes + 8
     assert host["Memory"] == host["MemorySwap"] == Limits().memory_mb << 20
     assert host["NanoCpus"] == 1_000_000_000
-    assert {u["Name"] for u in host["Ulimits"]} == {"nofile", "fsize", "core"}
+    limits = Limits()
+    assert {u["Name"]: (u["Soft"], u["Hard"]) for u in host["Ulimits"]} == {
+        "nofile": (limits.open_files,) * 2, "fsize": (limits.file_mb << 20,) * 2, "core": (0, 0),
+    }  # fmt: skip
     assert host["IpcMode"] == "none"
     assert not host["Binds"]
     assert not found["Mounts"]
@@ -175,19 +183,41 @@ def test_a_container_has_every_limit_that_the_host_config_names() -> None:
     assert set(host["Tmpfs"]) == {"/tmp"}
     assert "noexec,nosuid,nodev" in host["Tmpfs"]["/tmp"]
     assert int(found["Config"]["User"].split(":")[0]) >= 100_000_000
-    assert not any("KEY" in e or "TOKEN" in e for e in found["Config"]["Env"])
+    ours = {f"{key}={value}" for key, value in containers.ENVIRONMENT.items()}
+    of_the_image = set(backend._api().inspect_image(docker_backend.IMAGE)["Config"]["Env"] or [])
+    assert ours <= set(found["Config"]["Env"]) <= ours | of_the_image
+    assert found["Config"]["Labels"][containers.OWNER] == containers.owner()
+    assert not host["Devices"]
+    assert not host["CgroupParent"]
+    assert host["PidMode"] == host["UTSMode"] == ""
+    assert host["MaskedPaths"]
+    assert host["ReadonlyPaths"]
+
+
+@pytest.mark.docker
+def test_the_proxies_of_the_docker_client_stay_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    open_backend("docker")
+    proxies = {"default": {"httpProxy": "http://user:canary-5f1d@127.0.0.1:1", "noProxy": "canary"}}
+    (tmp_path / "config.json").write_text(json.dumps({"proxies": proxies}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    backend = docker_backend.DockerSandbox(width=1, warm=0)
+    assert "canary" in str(backend._api()._proxy_configs.get_environment()), "the client does not know them itself"
+    program = "import os\ndef f(x): return [v for v in os.environ.values() if 'canary' in v]"
+    assert attempt(backend, program, inputs=(1,), expected=([],)).paid
+    backend.close()
 
 
 @pytest.mark.docker
 def test_a_container_that_ran_a_program_is_gone_and_the_pool_refills_and_closes() -> None:
     open_backend("docker")
     backend = docker_backend.DockerSandbox(width=1, warm=2)
-    used = [c.id for c in backend._pool]
+    assert soon(lambda: backend.settled)
+    used = {c.id for c in backend._pool}
+    assert len(used) == 2
     for _ in range(3):
         assert attempt(backend, HONEST).paid
-    backend._remover.submit(lambda: None).result()
-    living = {c["Id"] for c in backend._api().containers(all=True)}
-    assert not living & set(used)
+    assert soon(lambda: backend.settled)
+    assert not used & {c["Id"] for c in backend._api().containers(all=True)}
     assert len(backend._pool) == 2
     kept = {c.id for c in backend._pool}
     backend.close()

@@ -10,8 +10,7 @@ import json
 import os
 import random
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from environments.sandbox import Limits, Sandbox, base
 from environments.sandbox.bubblewrap import BubblewrapSandbox
 from rl_core.types import Status, Turn
 from tests.integration.attacks import ATTACKS, BY_NAME, CANARY_FOLDER, CLASSES, MARK, Attack
-from tests.integration.sandboxes import BACKENDS, HONEST, SHORT, Attempt, attempt, open_backend
+from tests.integration.sandboxes import BACKENDS, HONEST, SHORT, Attempt, attempt, open_backend, soon
 
 AT_A_TIME = 8
 CALM = Limits(wall_s=40.0, case_wall_s=20.0)
@@ -117,15 +116,6 @@ def read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def soon(condition: Callable[[], bool]) -> bool:
-    """Whether it comes true within some seconds: what was killed takes a moment to go."""
-    for _ in range(100):
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 # --- the attacks ------------------------------------------------------------------------------------------------------
