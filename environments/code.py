@@ -41,7 +41,7 @@ _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 class CodeEnv(TextEnv):
-    """Options, with their defaults in brackets; see also knobs.SHARED.
+    """Write a program; reward 1 if it is right on every hidden input. Options, with their defaults in brackets:
 
     kinds           which of ints, steps, lists, strings, stdin [all]
     num_steps       steps of a pipeline [3]; 2 is easier, 8 is hard

@@ -8,7 +8,7 @@
 
 The reward is 1 when the shop's final state equals the state that the goal program makes of a fresh shop and, for a question, the
 answer is right as well; else 0. Nothing that the policy claims to have done counts. The longest ask takes four turns, and a tool that
-was busy one more: six turns are a comfortable budget.
+was busy one more: six turns are a comfortable budget. Policy rules (rules.py) take one look-up more, or a refusal.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 from environments.base import Observation, TaskDraft, TextEnv, as_honeypot, unguessable
 from environments.knobs import check_choices, check_range, read_knobs, shows_working
 from environments.tools.asks import KINDS, make_world
+from environments.tools.rules import IDLE, govern, is_refusal
+from environments.tools.rules import SYSTEM as RULES_SYSTEM
 from environments.tools.world import CORE, DISTRACTORS, Shop, State, ToolError, check_call
 from rl_core.types import Message, Status, Task, ToolCall, Turn, Verdict
 
@@ -28,8 +30,9 @@ SYSTEM = "Do what is asked with the tools. Answer with the value, or done."
 BUSY = "busy, try again"
 DONE = "done"
 
-KNOBS: dict[str, Any] = {"kinds": list(KINDS), "failure_rate": 0.05, "distractors": 2}
-"""kinds: of asks. failure_rate: chance that a call finds the shop busy, once per episode at most. distractors: tools that no ask needs."""
+KNOBS: dict[str, Any] = {"kinds": list(KINDS), "failure_rate": 0.05, "distractors": 2, "rules": 0}
+"""kinds: of asks. failure_rate: chance that a call finds the shop busy, once per episode at most. distractors: tools that no ask needs.
+rules: that forbid some of what is asked; 0 is none."""
 
 MAX_BUSY = 1  # transient failures per episode, so that a turn budget can be planned
 MAX_ERRORS = 3  # refused calls per episode; one more ends it. Bounds a search for ids by trial.
@@ -55,11 +58,15 @@ class ToolsEnv(TextEnv):
     @classmethod
     def make_task(cls, rng: random.Random, options: Mapping[str, Any]) -> TaskDraft:
         """An ask, and the shop that the tools reach; private are the goal program, the answer, and what the oracle says."""
-        kind = rng.choice(checked_knobs(options)["kinds"])
+        knobs = checked_knobs(options)
+        kind = rng.choice(knobs["kinds"])
         world = make_world(rng)
-        ask = KINDS[kind](rng, world)
+        ask, rules = KINDS[kind](rng, world), knobs["rules"]
+        public: dict[str, Any] = {"ask": ask.text, "world": world}
+        if rules:
+            public["rules"], ask = govern(rng, world, kind, ask, rules)
         private = {"plan": ask.plan, "goal": ask.goal, "answer": ask.answer, "found": ask.found}
-        return TaskDraft(public={"ask": ask.text, "world": world}, private=private, difficulty=kind)
+        return TaskDraft(public=public, private=private, difficulty=kind)
 
     def begin(self, task: Task) -> Observation:
         self.close()
@@ -69,7 +76,9 @@ class ToolsEnv(TextEnv):
         self._busy = self._errors = self._calls = 0
         self._script: list[Turn] | None = None
         self._spoken = 0
-        messages = (Message(role="system", content=SYSTEM), Message(role="user", content=task.public["ask"]))
+        rules = task.public.get("rules", ())
+        system = f"{SYSTEM}\n{RULES_SYSTEM}\nRules: {' '.join(rules)}" if rules else SYSTEM
+        messages = (Message(role="system", content=system), Message(role="user", content=task.public["ask"]))
         return Observation(messages=messages, tools=tuple(tool.schema for tool in self._tools))
 
     def close(self) -> None:
@@ -118,7 +127,11 @@ class ToolsEnv(TextEnv):
         got, wanted = self._shop.state(), _goal_state(self.task)
         gold = self.task.private["answer"]
         found = extract_number(content)
-        state, answer = float(got == wanted), float(gold is None or found == gold)
+        if gold is not None and is_refusal(gold):
+            right = is_refusal(content) and found == extract_number(gold)
+        else:
+            right = gold is None or found == gold
+        state, answer = float(got == wanted), float(right)
         evidence = {"answer": content[:MAX_ANSWER_CHARS] if found is None else found, "calls": str(self._calls)}
         if got != wanted:
             evidence["difference"] = _first_difference(got, wanted)
@@ -190,6 +203,7 @@ def _first_difference(got: State, wanted: State) -> str:
 def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
     knobs = read_knobs(ToolsEnv.id, KNOBS, options)
     check_choices(ToolsEnv.id, "kinds", knobs["kinds"], tuple(KINDS))
+    check_range(ToolsEnv.id, "rules", knobs["rules"], 0, len(IDLE))
     check_range(ToolsEnv.id, "failure_rate", knobs["failure_rate"], 0, 1)
     check_range(ToolsEnv.id, "distractors", knobs["distractors"], 0, len(DISTRACTORS))
     return knobs

@@ -227,7 +227,7 @@ def test_environments_are_listed_and_shown_with_a_task(polyrl: Call) -> None:
     assert {"math", "code", "tools", "long_context"} <= {row["id"] for row in json.loads(out)}
     code, out, _ = polyrl("envs", "show", "math", "digits=2", "--tasks", "1")
     assert code == 0
-    assert "[verdict] reward 1.0" in out
+    assert "[verdict] ok, reward 1.0" in out
     code, _, err = polyrl("envs", "show", "mth")
     assert code == 2
     assert "did you mean 'math'" in err
