@@ -77,6 +77,12 @@ def resolve(id: str) -> type[TextEnv]:
     return load(known[id][0])
 
 
+def is_ours(id: str) -> bool:
+    """Whether all code of this environment is ours: neither a plugin nor a bridge to another package."""
+    target = BUILT_INS.get(id, id)
+    return target in BUILT_INS.values() and not target.startswith("environments.bridges.")
+
+
 def list_environments() -> list[EnvironmentEntry]:
     """Every registered environment, loaded where that is possible, built-ins first."""
     entries = []

@@ -11,6 +11,7 @@ run left. The pool owns the references to finished groups, so they outlive the w
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,7 +73,7 @@ class Pool:
         self.latest: tuple[int, Ref] | None = None
         """The newest weights that were published: what a restarted worker loads first."""
         self._run_dir = run_dir
-        self._hosts: list[Any] = []
+        self._hosts: dict[str, list[Any]] = {}
         self._drafts: dict[str, Drafts] = {}
         """What an earlier life of the run left of its groups; taken out as they are taken up."""
         self._reading: dict[Any, asyncio.Future[dict[str, Drafts]]] = {}  # by dead worker
@@ -158,11 +159,11 @@ class Pool:
             for stop in late:
                 stop.cancel()
             await asyncio.gather(*stops, return_exceptions=True)  # a dead worker's engine has ended with it
-        for actor in [*actors, *self._hosts]:
+        for actor in [*actors, *itertools.chain(*self._hosts.values())]:
             ray.kill(actor)
         for place in self._places:
             place.actor = None
-        self._hosts = []
+        self._hosts = {}
         self._rewards.close()
 
     async def _start_worker(self, place: Place) -> Any:

@@ -52,7 +52,7 @@ class RolloutWorker:
     """One engine and the episodes that use it. Made an actor by the pool; its methods are called concurrently."""
 
     def __init__(
-        self, name: str, *, life: str, model_path: str, dtype: str, rollout: RolloutConfig, seed: int, hosts: Sequence[Any],
+        self, name: str, *, life: str, model_path: str, dtype: str, rollout: RolloutConfig, seed: int, hosts: Mapping[str, Sequence[Any]],
         run_dir: Path | None, rewards: tuple[Mapping[str, EnvironmentConfig], RewardActors] | None = None,
     ) -> None:  # fmt: skip
         """`life` names this worker until it dies: sessions on hosts carry it. Without a run folder, no log and no drafts are kept."""

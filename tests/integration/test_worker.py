@@ -23,7 +23,7 @@ from rl_core.drafts import read_drafts
 from rl_core.seams import GroupResult
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, SamplingParams, Status, Task, Turn
 from rollout_workers import hosts as hosts_module
-from rollout_workers.hosts import Hosts, start_hosts
+from rollout_workers.hosts import SHARED, Hosts, start_hosts
 from rollout_workers.pool import Pool
 from tests.integration.hanging_env import HangingEnv
 
@@ -145,12 +145,12 @@ def test_a_host_whose_interpreter_hangs_is_killed_and_serves_again(
             return (await session.step(Turn(content=""))).verdict
 
         try:
-            await handles[0].ping.remote()
+            await handles[SHARED][0].ping.remote()
             flag.touch()
             hung = await episode()
             return hung, await episode(), hosts.killed
         finally:
-            ray.kill(handles[0])
+            ray.kill(handles[SHARED][0])
 
     hung, after, killed = running.run(main(), 60.0)
     assert hung.status is Status.INFRA_ERROR

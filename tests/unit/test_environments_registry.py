@@ -9,7 +9,10 @@ import pytest
 
 from environments import registry
 from environments.math import MathEnv
-from environments.registry import BrokenEnvironment, UnknownEnvironment, list_environments, resolve
+from environments.registry import BrokenEnvironment, UnknownEnvironment, is_ours, list_environments, resolve
+from rl_core.config import EnvironmentConfig, RunConfig
+from rl_core.types import Task
+from rollout_workers.hosts import SHARED, Hosts, host_names
 
 PLUGIN = '''
 from environments.base import Message, Observation, Status, TaskDraft, TextEnv, Turn, Verdict
@@ -62,10 +65,27 @@ def test_built_ins_resolve_to_their_classes() -> None:
         assert resolve(name).id == name
 
 
+def test_only_our_own_code_counts_as_ours() -> None:
+    assert all(is_ours(name) for name in ("math", "code", "environments.math:MathEnv"))
+    assert not any(is_ours(name) for name in ("gymnasium", "riddles", "riddles.env:Riddles", "environments.bridges.verifiers:VerifiersEnv"))
+
+
+def test_what_is_not_ours_gets_a_host_of_its_own() -> None:
+    environments = {"sums": EnvironmentConfig(id="math"), "code": EnvironmentConfig(), "ice": EnvironmentConfig(id="gymnasium")}
+    assert host_names(RunConfig(environments=environments)) == [SHARED, "ice"]
+    assert host_names(RunConfig(environments={"riddles": EnvironmentConfig()})) == ["riddles"]
+    handles = {SHARED: ["shared"], "ice": ["own"]}
+    for env, host in (("sums", "shared"), ("ice", "own")):
+        task = Task(env=env, key="k", split="train", seed=0, public={})
+        assert Hosts(handles, owner="w0").session("any", {}, task).host == host
+
+
 def test_an_unknown_id_suggests_the_nearest_one() -> None:
     with pytest.raises(UnknownEnvironment, match="did you mean 'math'"):
         resolve("mathh")
-    with pytest.raises(UnknownEnvironment, match="known: code, instructions, long_context, math, structured, tools"):
+    with pytest.raises(
+        UnknownEnvironment, match="known: code, gymnasium, instructions, long_context, math, nemo_gym, reasoning_gym, structured, tools"
+    ):
         resolve("zzzzzz")
     assert issubclass(UnknownEnvironment, ValueError)
 
