@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from rollout_workers import hosts as hosts_module
 from rollout_workers.hosts import SHARED, Hosts, start_hosts
 from rollout_workers.pool import Pool
 from tests.integration.hanging_env import HangingEnv
+from tests.integration.leaking_env import LeakingEnv
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -155,6 +157,31 @@ def test_a_host_whose_interpreter_hangs_is_killed_and_serves_again(
     hung, after, killed = running.run(main(), 60.0)
     assert hung.status is Status.INFRA_ERROR
     assert (after.reward, killed) == (1.0, 1)
+
+
+def test_a_host_that_leaks_is_replaced_between_episodes_and_no_episode_is_lost(running: Running) -> None:
+    task = next(LeakingEnv.tasks("train", 0, {}))
+
+    async def main() -> list[tuple[str, Any]]:
+        (host,) = start_hosts(replace(running.config, rollout=replace(running.config.rollout, env_host_memory_gib=0.3)))[SHARED]
+        hosts = Hosts({SHARED: [host]}, owner="w9.1")
+
+        async def episode() -> tuple[str, Any]:
+            session = hosts.session("tests.integration.leaking_env:LeakingEnv", {}, task)
+            process = (await session.reset()).messages[0].content
+            await asyncio.sleep(1.0)  # the host sees what it takes, and that an episode is open
+            verdict = (await session.step(Turn(content=""))).verdict
+            await session.close()
+            return process, verdict
+
+        try:
+            return [await episode() for _ in range(4)]
+        finally:
+            ray.kill(host)
+
+    episodes = running.run(main(), 120.0)
+    assert all(verdict.reward == 1.0 for _, verdict in episodes)
+    assert len({process for process, _ in episodes}) >= 2
 
 
 def test_published_weights_are_proved_and_stamped_on_the_tokens_after(running: Running) -> None:

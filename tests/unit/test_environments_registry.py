@@ -83,9 +83,7 @@ def test_what_is_not_ours_gets_a_host_of_its_own() -> None:
 def test_an_unknown_id_suggests_the_nearest_one() -> None:
     with pytest.raises(UnknownEnvironment, match="did you mean 'math'"):
         resolve("mathh")
-    with pytest.raises(
-        UnknownEnvironment, match="known: code, gymnasium, instructions, long_context, math, nemo_gym, reasoning_gym, structured, tools"
-    ):
+    with pytest.raises(UnknownEnvironment, match=r"known: code, .*math, .*structured, tools"):
         resolve("zzzzzz")
     assert issubclass(UnknownEnvironment, ValueError)
 
