@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,12 +15,15 @@ import pytest
 
 from environments.levels import leveled_tasks
 from environments.math import MathEnv
-from rl_core.config import ConfigError, parse_config
+from rl_core.config import ConfigError, LoopConfig, parse_config
 from rl_core.curriculum import Curriculum
 from rl_core.ledger import Ledger, State, group_id, read_balance
+from rl_core.loop import Budget
+from rl_core.loop import train as run_loop
 from rl_core.mixer import Mixer
-from rl_core.types import Task
-from tests.unit.fakes import group_result
+from rl_core.seams import GroupResult
+from rl_core.types import EpisodeSpec, Task
+from tests.unit.fakes import SPEC, FakeLearner, FakeWorkers, LocalQueue, Recorder, group_result, simulate
 
 POOLS = {"easy": 0.97, "middle": 0.5, "hard": 0.02}
 
@@ -115,3 +120,33 @@ def test_a_floor_of_zero_is_refused() -> None:
         parse_config(tree)
     tree["environments"]["math"]["curriculum"] = {"enabled": True, "levels": [{"digits": 2}, {"digits": 3}]}  # type: ignore[index]
     assert parse_config(tree).environments["math"].curriculum.levels[1] == {"digits": 3}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_loop_trains_with_a_curriculum_within_the_bound_and_the_ledger_adds_up(tmp_path: Path, seed: int) -> None:
+    class Pooled(FakeWorkers):
+        async def run_group(self, group_id: str, task: Task, spec: EpisodeSpec) -> GroupResult:
+            result = await super().run_group(group_id, task, spec)
+            rewards = tuple(float(self.rng.random() < POOLS[task.difficulty]) for _ in range(8))
+            return replace(result, rewards=rewards, has_signal=len(set(rewards)) > 1)
+
+    rng, path = random.Random(seed), tmp_path / "ledger.sqlite"
+    cfg, recorder = LoopConfig(steps=20, groups_per_step=4, max_staleness=2), Recorder()
+    mix = mixer(Curriculum(seed=seed))
+
+    async def main() -> int:
+        ledger = Ledger(path)
+        try:
+            return await run_loop(
+                cfg, mixer=mix, specs={"e": SPEC}, workers=Pooled(rng, straggler=0.1), queue=LocalQueue(Budget.of(cfg).window),
+                learner=FakeLearner(rng), ledger=ledger, record=recorder, weights=0, version=0, stop=asyncio.Event(),
+            )  # fmt: skip
+        finally:
+            ledger.close()
+
+    assert simulate(main()) == 20
+    (balance,) = read_balance(path)
+    assert balance.balanced
+    assert balance.trained == 80
+    assert balance.passed > 0
+    assert set(recorder.steps[-1]) >= {f"env/e/curriculum/{pool}/{what}" for pool in POOLS for what in ("solved", "weight", "passed")}
