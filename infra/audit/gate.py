@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -29,36 +30,36 @@ WINDOW = 512
 
 
 class Gate:
-    """Knows which environments are under suspicion now."""
+    """Knows which environments are under suspicion now. Thread-safe: to look takes longer than the loop should wait."""
 
-    def __init__(self, config: RunConfig, note: Callable[[str], None]) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self._every = config.audit.every
-        self._note = note
         self._runs_programs = {name: resolve(env.id or name).needs_sandbox for name, env in config.environments.items()}
         self._rows: dict[str, deque[Row]] = {name: deque(maxlen=WINDOW) for name in config.environments}
         self._since_look = dict.fromkeys(config.environments, 0)
+        self._lock = threading.Lock()
         self.alarms: dict[str, list[Finding]] = {name: [] for name in config.environments}
 
-    def see(self, group: Group, label: str) -> None:
-        """A group finished. Looks at its environment every `audit.every` rollouts, and at once when a honeypot was paid."""
+    def see(self, group: Group, label: str) -> list[str]:
+        """A group finished: what there is to say about it. Looks every `audit.every` rollouts, and at once when a honeypot was paid."""
         env = group.task.env
         rows = [Row.of(group, rollout, label) for rollout in group.rollouts]
-        self._rows[env].extend(rows)
-        self._since_look[env] += len(rows)
-        if self._since_look[env] >= self._every or (label == "honeypot" and any(r.paid for r in rows)):
-            self._since_look[env] = 0
-            self._look(env)
+        with self._lock:
+            self._rows[env].extend(rows)
+            self._since_look[env] += len(rows)
+            if self._since_look[env] >= self._every or (label == "honeypot" and any(r.paid for r in rows)):
+                self._since_look[env] = 0
+                return self._look(env)
+        return []
 
-    def _look(self, env: str) -> None:
+    def _look(self, env: str) -> list[str]:
         seen = Evidence(env=env, rows=list(self._rows[env]), runs_programs=self._runs_programs[env])
         alarms = [f for f in detect(seen) if f.severity is Severity.ALARM]
         known = {f.detector for f in self.alarms[env]}
-        for finding in alarms:
-            if finding.detector not in known:
-                self._note(f"audit: {env} is suspect ({finding.detector}): {finding.sentence}")
-        if known and not alarms:
-            self._note(f"audit: {env} raises no alarm any more")
         self.alarms[env] = alarms
+        if known and not alarms:
+            return [f"audit: {env} raises no alarm any more"]
+        return [f"audit: {env} is suspect ({f.detector}): {f.sentence}" for f in alarms if f.detector not in known]
 
 
 class AuditedWorkers:
@@ -77,7 +78,8 @@ class AuditedWorkers:
         """`fetch` and `own` are the two ways between a group and its reference; `keep` stores a honeypot's group."""
         self._workers, self._config = workers, config
         self._fetch, self._own, self._keep = fetch, own, keep
-        self.gate = Gate(config, note)
+        self._note = note
+        self.gate = Gate(config)
         self._due = 0.0  # honeypot groups that are owed
 
     async def run_group(self, group_id: str, task: Task, spec: EpisodeSpec) -> GroupResult:
@@ -90,7 +92,7 @@ class AuditedWorkers:
         if self._config.audit.gate == "off":
             return result
         group = await self._fetch(result.ref)
-        self.gate.see(group, "train")
+        await self._look(group, "train")
         return self._treat(result, group)
 
     async def load_weights(self, version: int, weights: Ref) -> Sequence[Receipt]:
@@ -110,7 +112,11 @@ class AuditedWorkers:
     async def _try(self, group_id: str, pot: Task, spec: EpisodeSpec) -> None:
         result = await self._workers.run_group(group_id, pot, spec)
         await self._keep(result, "honeypot")
-        self.gate.see(await self._fetch(result.ref), "honeypot")
+        await self._look(await self._fetch(result.ref), "honeypot")
+
+    async def _look(self, group: Group, label: str) -> None:
+        for sentence in await asyncio.to_thread(self.gate.see, group, label):
+            self._note(sentence)
 
     def _treat(self, result: GroupResult, group: Group) -> GroupResult:
         """What the loop gets of a group of a suspect environment."""

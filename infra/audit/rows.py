@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,6 @@ PENALTY = "audit_penalty"
 
 HELD_OUT = ("before", "during", "after")
 
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _NEEDED = ("rollout_id", "group_id", "env", "task_key", "label", "reward", "status", "components", "evidence", "messages", "started_at")
 _OPTIONAL = ("split", "difficulty", "task", "turns", "truncated")  # missing in the segments of an older store
 
@@ -61,7 +59,7 @@ class Row:
                 for turn in self.turns
             ]
         else:
-            parts = [_THOUGHT.sub("", m.content) for m in self.messages if m.role == "assistant"]
+            parts = [m.content.rpartition("</think>")[2] for m in self.messages if m.role == "assistant"]
         return " ".join("\n".join(parts)[:MAX_CHARS].lower().split())
 
     @cached_property
