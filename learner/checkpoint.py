@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,30 @@ def begin(root: Path, version: int) -> Path:
     return folder
 
 
-def commit(root: Path, folder: Path, version: int, state: Mapping[str, Any]) -> Path:
-    """Make what `begin` returned the newest checkpoint; returns its final folder."""
+def to_disk(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(root: Path, folder: Path, version: int, state: Mapping[str, Any], *, flush: Callable[[Path], None] = to_disk) -> Path:
+    """Make what `begin` returned the newest checkpoint; returns its final folder. `flush` forces a file or folder to the disk."""
     (folder / STATE).write_text(json.dumps({"version": version, **state}, indent=1))
     for directory, _, files in os.walk(folder):
         for name in files:
-            _flush(Path(directory, name))
-        _flush(Path(directory))
+            flush(Path(directory, name))
+        flush(Path(directory))
     final = root / folder_name(version)
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     pointer = root / f".{LATEST}.partial"
     pointer.write_text(final.name)
-    _flush(pointer)
+    flush(pointer)
     pointer.rename(root / LATEST)
-    _flush(root)
+    flush(root)
     return final
 
 
@@ -76,12 +85,3 @@ def read_state(folder: Path, wanted: Mapping[str, Any]) -> int:
                 f"or start a new run from its weights with model.path={folder / 'model'}"
             )
     return int(state["version"])
-
-
-def _flush(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rl_core.journal import SCHEMA, batch_completions, completion_batch, record_batches, rollout_header, to_rollout
+from rl_core.journal import SCHEMA, batch_completions, checksum, completion_batch, record_batches, rollout_header, to_rollout
 from rl_core.types import CUT_OFF, Completion, Rollout, Task, VersionSpan
 
 SEGMENT_BYTES = 16 << 20
@@ -73,7 +73,8 @@ class DraftFile:
         self._file.close()
 
     def _write(self, head: dict[str, Any], rows: Sequence[tuple[int, Completion]]) -> None:
-        self._writer.write_batch(completion_batch(rows), custom_metadata={"draft": json.dumps(head | {"at": time.time()})})
+        batch, text = completion_batch(rows), json.dumps(head | {"at": time.time()})
+        self._writer.write_batch(batch, custom_metadata={"draft": text, "checksum": str(checksum(batch))})
         self._file.flush()
         if self._file.tell() > SEGMENT_BYTES:
             self.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +69,8 @@ class GroupJournal:
         with self._lock:
             if self._writer is None or self._file.tell() > SEGMENT_BYTES:
                 self._roll()
-            self._writer.write_batch(to_batch(group), custom_metadata={"group": header(group)})
+            batch = to_batch(group)
+            self._writer.write_batch(batch, custom_metadata={"group": header(group), "checksum": str(checksum(batch))})
             self._file.flush()
             os.fsync(self._file.fileno())
             self._held[Path(self._file.name)].add(group.id)
@@ -130,15 +132,30 @@ def read_segment(path: Path, wanted: Collection[str] | None) -> Iterator[tuple[s
 
 
 def record_batches(path: Path) -> Iterator[tuple[Any, pa.RecordBatch]]:
-    """(metadata, batch) of every whole record batch of an Arrow stream file that may have been cut off."""
+    """(metadata, batch) of every whole record batch of an Arrow stream file up to where a crash tore it.
+
+    A process that dies leaves half a batch; a power cut may leave zeros in place of one.
+    """
     with pa.OSFile(str(path)) as file:
         try:
             reader = pa.ipc.open_stream(file)
             while True:
                 batch, metadata = reader.read_next_batch_with_custom_metadata()
+                batch.validate(full=True)  # offsets that lead nowhere would crash whoever follows them
+                if int(metadata["checksum"]) != checksum(batch):
+                    return
                 yield metadata, batch
-        except (StopIteration, pa.ArrowInvalid, OSError):
+        except (StopIteration, pa.ArrowException, OSError, ValueError, KeyError):
             return
+
+
+def checksum(batch: pa.RecordBatch) -> int:
+    """CRC of its numbers. Metadata need none: they stand in the message that says where the numbers are, and is verified by Arrow."""
+    crc = 0
+    for name in ("prompt_ids", "token_ids", "logprobs"):
+        for numbers in (batch[name].offsets, batch[name].values):
+            crc = zlib.crc32(numbers.to_numpy(zero_copy_only=False).tobytes(), crc)
+    return zlib.crc32("".join(batch["meta"].to_pylist()).encode(), zlib.crc32(repr(batch["rollout"].to_pylist()).encode(), crc))
 
 
 def header(group: Group) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -101,7 +101,8 @@ class Ledger:
     trained (`train` flushes to disk): groups that were drawn since then are drawn again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
+        self._now = now  # wall clock, seconds since the epoch: for people, never for order
         self._db = sqlite3.connect(path, isolation_level=None)  # autocommit
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
@@ -149,7 +150,7 @@ class Ledger:
     def roll_back(self, version: int, reason: str) -> None:
         """`version` is to be the newest checkpoint's weights again. Written before it is done: a resumed run does it then."""
         with self._transaction(durable=True):
-            self._db.execute("INSERT INTO rollbacks VALUES (?, ?, ?)", (version, reason, time.time()))
+            self._db.execute("INSERT INTO rollbacks VALUES (?, ?, ?)", (version, reason, self._now()))
 
     def restart(self, name: str, reason: str, *, times: int = 1) -> None:
         """Its group was cut off `times` times, and taken up again; `reason` says how."""
@@ -162,7 +163,7 @@ class Ledger:
         """Every task that is not in a final state gets one. Returns how many."""
         return self._db.execute(
             "UPDATE tasks SET state = ?, reason = ?, ended_at = ? WHERE state IN ('drawn', 'ready')",
-            (State.ABANDONED, reason, time.time()),
+            (State.ABANDONED, reason, self._now()),
         ).rowcount
 
     # --- what is known --------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ class Ledger:
         self._db.close()
 
     def _insert(self, task: Task, position: int, state: State, reason: str = "") -> int:
-        ticket, now = self._next, time.time()
+        ticket, now = self._next, self._now()
         self._db.execute(
             "INSERT INTO tasks (ticket, group_id, env, task_key, position, state, reason, drawn_at, difficulty)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -238,7 +239,7 @@ class Ledger:
         return ticket
 
     def _move(self, names: Sequence[str], wanted: State, state: State, reason: str = "", version: int | None = None) -> None:
-        ended = None if state is State.READY else time.time()
+        ended = None if state is State.READY else self._now()
         for name in names:
             changed = self._db.execute(
                 "UPDATE tasks SET state = ?, reason = ?, version = ?, ended_at = ? WHERE group_id = ? AND state = ?",

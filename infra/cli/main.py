@@ -21,6 +21,7 @@ from infra.cli import (
     results,
     rewards,
     runs,
+    simulate,
     tools,
 )
 from infra.errors import UsageError
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 for module in (
     runs,
+    simulate,
     chaos,
     clusters,
     results,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from infra.simulation.clock import simulate
+from infra.simulation.parts import tasks
 from rl_core.replay_queue import ReplayQueue
 from rl_core.seams import GroupResult, Ref
 from rl_core.types import Agreement, Completion, EpisodeSpec, Receipt, SamplingParams, StepStats, Task, VersionSpan
@@ -24,14 +26,6 @@ def group_result(**changes: Any) -> GroupResult:
         "drafted": 40, "accepted": 20, "engine_steps": 20, "seconds": 1.0,
     }  # fmt: skip
     return GroupResult(**(values | changes))
-
-
-def tasks(env: str, start: int = 0) -> Iterator[Task]:
-    """Tasks without content, without end."""
-    index = start
-    while True:
-        yield Task(env=env, key=f"{env}-{index}", split="train", seed=index, public={})
-        index += 1
 
 
 def probe(version: int) -> Completion:
@@ -166,23 +160,4 @@ class Recorder:
         self.steps.append(metrics)
 
 
-class VirtualClock(asyncio.SelectorEventLoop):
-    """An event loop whose time jumps to the next timer, so that hours pass in milliseconds and in one order for one seed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._now = 0.0
-
-    def time(self) -> float:
-        return self._now
-
-    def _run_once(self) -> None:
-        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
-            self._now = max(self._now, self._scheduled[0]._when)  # type: ignore[attr-defined]
-        super()._run_once()  # type: ignore[misc]
-
-
-def simulate(main: Any) -> Any:
-    """Run a coroutine on a virtual clock."""
-    with asyncio.Runner(loop_factory=VirtualClock) as runner:
-        return runner.run(main)
+__all__ = ["SPEC", "FakeLearner", "FakeWorkers", "LocalQueue", "Recorder", "group_result", "probe", "simulate", "tasks"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,3 +110,29 @@ def test_pruning_frees_segments_that_nobody_needs(tmp_path: Path, monkeypatch: p
     journal.append(make_group("d"))
     assert sorted(journal.read("abcd")) == ["b", "d"]
     assert sorted(GroupJournal(tmp_path).read("abcd")) == ["b", "d"]
+
+
+@pytest.mark.parametrize("cut", [0.05, 0.3, 0.6, 0.95])
+def test_zeros_in_place_of_the_last_group_end_the_segment_there(tmp_path: Path, cut: float) -> None:
+    """What a power cut may leave where a group was written and not flushed: the right length, and no content."""
+    journal = GroupJournal(tmp_path)
+    journal.append(make_group("a"))
+    (path,) = segments(tmp_path)
+    whole = path.stat().st_size
+    journal.append(make_group("b", seed=1))
+    end = path.stat().st_size
+    os.truncate(path, whole + int(cut * (end - whole)))
+    os.truncate(path, end)
+    assert set(GroupJournal(tmp_path).read(["a", "b"])) == {"a"}
+
+
+def test_a_group_with_one_changed_byte_is_not_read(tmp_path: Path) -> None:
+    journal = GroupJournal(tmp_path)
+    journal.append(make_group("a"))
+    (path,) = segments(tmp_path)
+    content = path.read_bytes()
+    readable = []
+    for at in range(len(content) - 400, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :])
+        readable += [g for g in GroupJournal(tmp_path).read(["a"]).values() if not same(g, make_group("a"))]
+    assert readable == []
