@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
         ("meta", pa.string()),  # JSON: spans, finish_reason, engine_steps, drafted, accepted
     ]
 )
-OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")  # the G prompts of a group are equal
+OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
 
 
 class Journal(Protocol):
@@ -138,7 +138,7 @@ def record_batches(path: Path) -> Iterator[tuple[Any, pa.RecordBatch]]:
     """
     with pa.OSFile(str(path)) as file:
         try:
-            reader = pa.ipc.open_stream(file)
+            reader = pa.ipc.open_stream(file, options=pa.ipc.IpcReadOptions(use_threads=False))
             while True:
                 batch, metadata = reader.read_next_batch_with_custom_metadata()
                 batch.validate(full=True)  # offsets that lead nowhere would crash whoever follows them
