@@ -142,11 +142,12 @@ def cheapest_cuts(lengths: NDArray[np.int64], max_tokens: int) -> list[tuple[int
     n = len(lengths)
     best, cut_at = np.zeros(n + 1), np.zeros(n + 1, np.int64)
     for j in range(1, n + 1):
-        start = np.arange(j)
-        area = lengths[:j] * (j - start)
-        cost = np.where((area <= max_tokens) | (start == j - 1), best[:j] + area + MICROBATCH_COST, np.inf)
-        cut_at[j] = int(cost.argmin())
-        best[j] = cost[cut_at[j]]
+        first = max(0, min(j - 1, j - max_tokens // max(int(lengths[j - 1]), 1)))  # more rows than that do not fit: they are no shorter
+        start = np.arange(first, j)
+        area = lengths[first:j] * (j - start)
+        cost = np.where((area <= max_tokens) | (start == j - 1), best[first:j] + area + MICROBATCH_COST, np.inf)
+        cut_at[j] = first + int(cost.argmin())
+        best[j] = cost[cut_at[j] - first]
     cuts: list[tuple[int, int]] = []
     j = n
     while j:

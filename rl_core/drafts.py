@@ -74,7 +74,7 @@ class DraftFile:
 
     def _write(self, head: dict[str, Any], rows: Sequence[tuple[int, Completion]]) -> None:
         batch, text = completion_batch(rows), json.dumps(head | {"at": time.time()})
-        self._writer.write_batch(batch, custom_metadata={"draft": text, "checksum": str(checksum(batch))})
+        self._writer.write_batch(batch, custom_metadata={"draft": text, "checksum": str(checksum(batch, text.encode()))})
         self._file.flush()
         if self._file.tell() > SEGMENT_BYTES:
             self.close()

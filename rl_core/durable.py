@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -51,7 +52,9 @@ class DurableQueue:
         overtakers: Sequence[int] = (),
     ) -> None:
         self._make, self._deaths = make, deaths
-        self._groups = dict(groups or {})
+        groups = groups or {}
+        self._running = OrderedDict.fromkeys(sorted(t for t, result in groups.items() if result is None))  # in order of start
+        self._ready = {result.group_id: (ticket, result) for ticket, result in groups.items() if result is not None}
         self._overtakers = list(overtakers)
         self._queue = make()
         self._restoring: Awaitable[None] | None = None
@@ -59,31 +62,33 @@ class DurableQueue:
 
     async def open(self) -> None:
         """Hand on what the queue starts with."""
-        await self._send("restore", dict(self._groups), list(self._overtakers))
+        await self._send("restore", self._groups(), list(self._overtakers))
 
     async def start(self, ticket: int) -> None:
-        self._groups[ticket] = None
+        self._running[ticket] = None
         await self._send("start", ticket)
 
     async def put(self, ticket: int, result: GroupResult) -> None:
-        self._groups[ticket] = result
+        del self._running[ticket]
+        self._ready[result.group_id] = (ticket, result)
         await self._send("put", ticket, result)
 
     async def drop(self, ticket: int) -> None:
-        del self._groups[ticket]
+        del self._running[ticket]
         await self._send("drop", ticket)
 
     async def take(self, count: int) -> list[GroupResult]:
         taken: list[GroupResult] | None = None
         while taken is None:
             taken = await self._send("take", count)
-        tickets = {r.group_id: t for t, r in self._groups.items() if r is not None} if taken else {}
-        mine = [tickets[r.group_id] for r in taken]
-        for ticket in mine:
-            del self._groups[ticket]
-        oldest = min((t for t, r in self._groups.items() if r is None), default=None)
+        mine = [self._ready.pop(result.group_id)[0] for result in taken]
+        oldest = next(iter(self._running), None)
         self._overtakers = [] if oldest is None else [t for t in (*self._overtakers, *mine) if t > oldest]
         return taken
+
+    def _groups(self) -> dict[int, GroupResult | None]:
+        """By ticket; None: it runs."""
+        return {**dict.fromkeys(self._running), **dict(self._ready.values())}
 
     async def _send(self, method: str, *arguments: Any) -> Any:
         """The queue's answer, or None if it died: a new one has what this call said."""
@@ -101,9 +106,9 @@ class DurableQueue:
         self.restarts += 1
         if self.restarts > MAX_DEATHS_IN_A_ROW:
             raise RuntimeError(f"the replay queue died {self.restarts} times in a row; the last time: {death}") from death
-        log.warning("the replay queue died (%s); a new one goes on with %d groups", death, len(self._groups))
+        log.warning("the replay queue died (%s); a new one goes on with %d groups", death, len(self._running) + len(self._ready))
         self._queue = self._make()
-        restored = self._queue.restore(dict(self._groups), list(self._overtakers))
+        restored = self._queue.restore(self._groups(), list(self._overtakers))
         self._restoring = asyncio.ensure_future(_quietly(restored, self._deaths))
 
 

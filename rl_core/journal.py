@@ -69,8 +69,8 @@ class GroupJournal:
         with self._lock:
             if self._writer is None or self._file.tell() > SEGMENT_BYTES:
                 self._roll()
-            batch = to_batch(group)
-            self._writer.write_batch(batch, custom_metadata={"group": header(group), "checksum": str(checksum(batch))})
+            batch, text = to_batch(group), header(group)
+            self._writer.write_batch(batch, custom_metadata={"group": text, "checksum": str(checksum(batch, text.encode()))})
             self._file.flush()
             os.fsync(self._file.fileno())
             self._held[Path(self._file.name)].add(group.id)
@@ -142,16 +142,17 @@ def record_batches(path: Path) -> Iterator[tuple[Any, pa.RecordBatch]]:
             while True:
                 batch, metadata = reader.read_next_batch_with_custom_metadata()
                 batch.validate(full=True)  # offsets that lead nowhere would crash whoever follows them
-                if int(metadata["checksum"]) != checksum(batch):
+                text = b"".join(value for key, value in metadata.items() if key != b"checksum")
+                if int(metadata["checksum"]) != checksum(batch, text):
                     return
                 yield metadata, batch
         except (StopIteration, pa.ArrowException, OSError, ValueError, KeyError):
             return
 
 
-def checksum(batch: pa.RecordBatch) -> int:
-    """CRC of its numbers. Metadata need none: they stand in the message that says where the numbers are, and is verified by Arrow."""
-    crc = 0
+def checksum(batch: pa.RecordBatch, text: bytes) -> int:
+    """CRC of a batch and of the text beside it."""
+    crc = zlib.crc32(text)
     for name in ("prompt_ids", "token_ids", "logprobs"):
         for numbers in (batch[name].offsets, batch[name].values):
             crc = zlib.crc32(numbers.to_numpy(zero_copy_only=False).tobytes(), crc)

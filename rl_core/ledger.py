@@ -46,9 +46,15 @@ CREATE TABLE IF NOT EXISTS tasks (
     solved REAL);
 CREATE TABLE IF NOT EXISTS reuses (version INTEGER NOT NULL, group_id TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS rollbacks (version INTEGER PRIMARY KEY, reason TEXT NOT NULL, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS tickets (reserved INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS open_tasks ON tasks (ticket) WHERE state IN ('drawn', 'ready');
 CREATE INDEX IF NOT EXISTS batches ON tasks (version) WHERE version IS NOT NULL;
 """
+
+
+TICKETS_AT_ONCE = 256
+"""Tickets that one flush to disk reserves. No ticket is given twice, even if a power cut takes the row of the first: a group of the
+same name may be in the journal, with tokens that would be too old for the place that the name has now."""
 
 
 class LedgerError(RuntimeError):
@@ -59,7 +65,7 @@ class LedgerError(RuntimeError):
 class Entry:
     """One row."""
 
-    ticket: int  # order of drawing, from 0, without gaps
+    ticket: int  # order of drawing, from 0; with a gap where a run was killed
     group_id: str
     env: str
     task_key: str
@@ -107,7 +113,8 @@ class Ledger:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(SCHEMA)
-        self._next = int(self._db.execute("SELECT coalesce(max(ticket) + 1, 0) FROM tasks").fetchone()[0])
+        query = "SELECT max((SELECT coalesce(max(ticket) + 1, 0) FROM tasks), (SELECT coalesce(max(reserved), 0) FROM tickets))"
+        self._next = self._reserved = int(self._db.execute(query).fetchone()[0])
 
     # --- what happened --------------------------------------------------------------------------------------------------
 
@@ -226,9 +233,20 @@ class Ledger:
         return counts
 
     def close(self) -> None:
+        """A ledger that was closed goes on without a gap in its tickets."""
+        self._reserve(self._next, durable=False)
         self._db.close()
 
+    def _reserve(self, tickets: int, *, durable: bool) -> None:
+        """Tickets below this are given, or may have been."""
+        with self._transaction(durable=durable):
+            self._db.execute("DELETE FROM tickets")
+            self._db.execute("INSERT INTO tickets VALUES (?)", (tickets,))
+        self._reserved = tickets
+
     def _insert(self, task: Task, position: int, state: State, reason: str = "") -> int:
+        if self._next == self._reserved:
+            self._reserve(self._next + TICKETS_AT_ONCE, durable=True)
         ticket, now = self._next, self._now()
         self._db.execute(
             "INSERT INTO tasks (ticket, group_id, env, task_key, position, state, reason, drawn_at, difficulty)"

@@ -25,6 +25,7 @@ class Fault(StrEnum):
     LEARNER_DEATH = "learner_death"  # in its gradients, before a step, or in a probe
     LEARNER_DEATH_AFTER_STEP = "learner_death_after_step"  # the step is done, its answer is lost
     LEARNER_DEATH_IN_SAVE = "learner_death_in_save"  # a partial checkpoint
+    BAD_STEP = "bad_step"  # the loss is not finite: the step is skipped; several in a row go back to a checkpoint
     QUEUE_DEATH = "queue_death"  # the call does not arrive
     QUEUE_DEATH_AFTER_CALL = "queue_death_after_call"  # the call took effect, the answer is lost
     SLOW_QUEUE = "slow_queue"  # calls arrive late, in their order
@@ -47,6 +48,7 @@ RATES: dict[Fault, float] = {
     Fault.LEARNER_DEATH: 0.03,
     Fault.LEARNER_DEATH_AFTER_STEP: 0.1,
     Fault.LEARNER_DEATH_IN_SAVE: 0.05,
+    Fault.BAD_STEP: 0.15,
     Fault.QUEUE_DEATH: 0.01,
     Fault.QUEUE_DEATH_AFTER_CALL: 0.01,
     Fault.SLOW_QUEUE: 0.2,

@@ -114,8 +114,8 @@ class SimPool:
         """Tokens under the weights that are loaded at the time, piece by piece."""
         deaths, seconds = worker.deaths, duration(self.rng)
         hung = self.strike(Fault.HUNG_ENVIRONMENT)
-        versions: list[int] = []
-        for _ in range(PARTS_OF_A_GROUP):
+        versions = self.world.draft(name, task)
+        while len(versions) < PARTS_OF_A_GROUP:
             if worker.version is None or worker.deaths != deaths:
                 raise Died(f"{worker.name} is gone")
             versions.append(worker.version)
@@ -184,12 +184,22 @@ class SimLearner:
         wrong = versions != {self.version}  # other weights give other logprobs
         return Agreement(mean=float(wrong), max=float(wrong), num_tokens=1)
 
-    async def apply(self) -> tuple[StepStats, Ref]:
+    async def apply(self, *, again: bool = False) -> tuple[StepStats, Ref]:
         await self._work(Fault.LEARNER_DEATH, 0.1)
+        if not again and self.world.faults.strike(Fault.BAD_STEP):
+            await self._work(Fault.LEARNER_DEATH_AFTER_STEP, 0.0)
+            return StepStats(version=self.version, metrics={}, skipped="the loss is nan"), None
         self.weights = next_weights(self.weights, [g.id for g in self.batch])
         self.version += 1
         await self._work(Fault.LEARNER_DEATH_AFTER_STEP, 0.0)
         return StepStats(version=self.version, metrics={}), (self.version, self.weights)
+
+    async def adopt(self, version: int) -> None:
+        """The weights as they are, under a later version, and a checkpoint of that."""
+        await self._work(Fault.LEARNER_DEATH, 0.1)
+        self.world.witness.went_back(version, to=self.version)
+        self.version = version
+        await self.save()
 
     async def snapshot(self) -> tuple[int, Ref]:
         return self.version, (self.version, self.weights)
@@ -317,9 +327,20 @@ class SimLedger(Ledger):
         self._world.witness.ended([name])
         self._after()
 
-    def train(self, names: Sequence[str], version: int) -> None:
+    def skip(self, names: Sequence[str], reason: str) -> None:
         self._before()
-        super().train(names, version)
+        super().skip(names, reason)
+        self._world.witness.ended(names)
+        self._after()
+
+    def roll_back(self, version: int, reason: str) -> None:
+        self._before()
+        super().roll_back(version, reason)
+        self._after()
+
+    def train(self, names: Sequence[str], version: int, again: Sequence[str] = ()) -> None:
+        self._before()
+        super().train(names, version, again)
         self._world.witness.trained(names, version)
         self._world.learner_deaths = 0
         self._after()
@@ -336,6 +357,12 @@ class SimLedger(Ledger):
             super()._move([name], wanted, state, reason, version)
             if len(names) > 1:
                 self._maybe_die()
+
+    def close(self) -> None:
+        if self._life.dead:
+            self._db.close()
+        else:
+            super().close()
 
     def _before(self) -> None:
         self._life.must_live()

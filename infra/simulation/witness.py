@@ -13,6 +13,7 @@ progress   a run ends, in bounded time and in a bounded number of lives
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -47,11 +48,13 @@ class Witness:
 
     def __init__(self, cfg: LoopConfig) -> None:
         self._cfg = cfg
-        window = min(cfg.window, cfg.max_staleness * cfg.groups_per_step + 1)
-        self._slots = (cfg.max_staleness + 1) * cfg.groups_per_step - (window - 1)
+        fresh = cfg.groups_per_step - cfg.reuse
+        window = min(cfg.window, cfg.max_staleness * fresh + 1)
+        self._fresh, self._slots = fresh, (cfg.max_staleness + 1) * fresh - (window - 1)
         self._weights: dict[int, str] = {0: "seed"}
         self._in_flight: set[str] = set()
         self._training: dict[int, list[str]] = {}  # by the version that they made, until it is live
+        self._went_back: dict[int, int] = {}
         self._short_since: float | None = None
         self._paused_until = 0.0
         self._now: Callable[[], float] = lambda: 0.0
@@ -95,6 +98,11 @@ class Witness:
         known = self._weights.setdefault(version, weights)
         rule("weights", known == weights, f"version {version} means two different weights")
 
+    def went_back(self, version: int, *, to: int) -> None:
+        """The weights of `to` are to be `version` too."""
+        known = self._went_back.setdefault(version, to)
+        rule("weights", known == to, f"version {version} is a return to {to}, and was one to {known}")
+
     def trains(self, groups: Sequence[Group], version: int) -> None:
         """The learner computes gradients over `groups` on top of `version`."""
         self.look()
@@ -129,13 +137,23 @@ class Witness:
 
     def end(self, ledger: Ledger, checkpoint: tuple[int, str]) -> None:
         """The run says that it is done; `checkpoint` is what is left of it."""
-        weights, cfg = "seed", self._cfg
+        cfg, lineage, uses = self._cfg, ["seed"], Counter[str]()
         for version in range(1, cfg.steps + 1):
             batch = ledger.batch(version)
-            rule("lineage", len(batch) == cfg.groups_per_step, f"step {version} has {len(batch)} groups, wanted {cfg.groups_per_step}")
-            weights = next_weights(weights, batch)
-        rule("lineage", checkpoint == (cfg.steps, weights), "the last checkpoint does not hold the weights that the ledger's steps make")
+            fresh = [name for name in batch if name not in uses]
+            wanted = 0 if version in ledger.rollbacks else self._fresh
+            rule("lineage", len(fresh) == wanted, f"step {version} has {len(fresh)} fresh groups, wanted {wanted}")
+            rule("lineage", len(batch) - len(fresh) <= cfg.reuse, f"step {version} reuses {len(batch) - len(fresh)} groups")
+            uses.update(batch)
+            lineage.append(next_weights(lineage[-1], batch) if batch else lineage[self._went_back[version]])
+        rule("lineage", checkpoint == (cfg.steps, lineage[-1]), "the last checkpoint does not hold what the ledger's steps make")
+        most = cfg.max_uses if cfg.reuse else 1
+        rule(
+            "lineage",
+            max(uses.values(), default=0) <= most,
+            f"a group trained {max(uses.values(), default=0)} times, at most {most} wanted",
+        )
         rule("steps", sorted(self.steps) == list(range(1, cfg.steps + 1)), f"recorded were {sorted(self.steps)}")
         rule("ledger", not ledger.open(), "tasks are left without a final state")
         trained = sum(counts[State.TRAINED] for counts in ledger.counts().values())
-        rule("ledger", trained == cfg.steps * cfg.groups_per_step, f"{trained} groups trained")
+        rule("ledger", trained == (cfg.steps - len(ledger.rollbacks)) * self._fresh, f"{trained} groups trained")

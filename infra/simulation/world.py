@@ -20,12 +20,13 @@ from infra.simulation.parts import Died, SimJournal, SimLearner, SimLedger, SimP
 from infra.simulation.witness import Witness, rule
 from rl_core.config import LoopConfig
 from rl_core.durable import DurableLearner, DurableQueue
+from rl_core.faults import unusable
 from rl_core.ledger import Ledger
-from rl_core.loop import Budget, train, unusable
+from rl_core.loop import Budget, train
 from rl_core.mixer import Mixer
 from rl_core.recovery import recover
 from rl_core.seams import GroupResult
-from rl_core.types import EpisodeSpec, Group, SamplingParams
+from rl_core.types import EpisodeSpec, Group, SamplingParams, Task
 
 SHARES = {"math": 1.0, "code": 1.0, "tools": 2.0}
 SPEC = EpisodeSpec(group_size=2, sampling=SamplingParams(max_tokens=8), max_turns=1, max_total_tokens=64, timeout_s=60.0)
@@ -36,6 +37,8 @@ LIFE_S = 50_000.0
 MAX_LIVES = 200
 
 STEPS = 8
+
+MANY = 1000
 
 DAY_S = 86_400.0
 
@@ -65,8 +68,10 @@ class World:
         self.rng = random.Random(seed)
         self.cfg = LoopConfig(
             steps=STEPS, groups_per_step=self.rng.randint(1, 5), max_staleness=self.rng.randint(0, 3), window=self.rng.randint(1, 5),
-            stall_s=1000.0,
+            stall_s=1000.0, bad_steps=2, max_rollbacks=MANY,
         )  # fmt: skip
+        if self.cfg.max_staleness and self.rng.random() < 0.3:
+            self.cfg.reuse, self.cfg.max_uses = self.rng.randint(0, self.cfg.groups_per_step - 1), self.rng.randint(2, 3)
         self.faults = Faults(self.rng, intensity=self.rng.choice([0.5, 1.0, 2.0]) if intensity is None else intensity, only=only)
         self.checkpoint_every = self.rng.randint(1, 4)
         self.witness = Witness(self.cfg)
@@ -76,6 +81,7 @@ class World:
         self.lives, self.seconds = 0, 0.0
         self.learner_deaths = 0  # since its last step
         self._wall_clock_error = 0.0
+        self._drafts: dict[str, tuple[Task, list[int]]] = {}
 
     def go(self) -> None:
         """Live until a life ends well; Violation, or whatever a part raised, if one does not."""
@@ -97,6 +103,14 @@ class World:
 
     def clean_up(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def draft(self, name: str, task: Task) -> list[int]:
+        """The versions of the tokens that are left of an earlier attempt, in a list to add to: unfinished rollouts go on, as a rule."""
+        drawn, versions = self._drafts.get(name, (task, []))
+        if drawn.key != task.key or drawn.env != task.env or self.rng.random() < 0.3:
+            versions = []
+        self._drafts[name] = (task, versions)
+        return versions
 
     def wall_clock(self) -> float:
         """What the ledger's `time.time` says."""
@@ -124,12 +138,14 @@ class World:
             mixer = Mixer({name: partial(tasks, name) for name in SHARES}, SHARES)
             learner = DurableLearner(
                 partial(self._launch, life), partial(self._batch, ledger, journal), (Died,),
-                on_saved=lambda version: journal.prune([e.group_id for e in ledger.open()]),
+                on_saved=lambda version: journal.prune([*(e.group_id for e in ledger.open()), *self._reusable(ledger)]),
+                rollbacks=lambda: ledger.rollbacks,
             )  # fmt: skip
-            for stats in await learner.open(ledger.version):
-                if stats.version not in self.witness.steps:
-                    self.witness.step(stats.version)
-            unfinished = recover(ledger, journal, mixer, own=lambda group: group, unusable=unusable)
+            done_again = [stats.version for stats in await learner.open(ledger.version)]
+            for version in (*done_again, *ledger.rollbacks):
+                if version not in self.witness.steps:  # the old process died between the step and its record
+                    self.witness.step(version)
+            unfinished = recover(ledger, journal, mixer, own=lambda group: group, unusable=unusable, reusable=self._reusable(ledger))
             queue = DurableQueue(
                 lambda: SimQueue(self, Budget.of(self.cfg).window), (Died,), groups=unfinished.queue, overtakers=unfinished.overtakers
             )
@@ -155,6 +171,9 @@ class World:
         names = ledger.batch(version)
         groups = journal.read(names)
         return [groups[name] for name in names]
+
+    def _reusable(self, ledger: Ledger) -> dict[str, int]:
+        return ledger.reusable(self.cfg.max_staleness, self.cfg.max_uses) if self.cfg.reuse else {}
 
     def _cut_power(self) -> None:
         """The ledger falls back to its last flush. Journal and checkpoints were flushed before anybody counted on them."""

@@ -43,7 +43,18 @@ from rl_core.replay_queue import ReplayQueue
 from rl_core.seams import GroupResult, Ref
 from rl_core.trajectories import trajectories
 from rl_core.types import (
-    Agreement, Completion, EpisodeSpec, Group, Receipt, Rollout, SamplingParams, Status, StepStats, Task, Verdict, VersionSpan,
+    Agreement,
+    Completion,
+    EpisodeSpec,
+    Group,
+    Receipt,
+    Rollout,
+    SamplingParams,
+    Status,
+    StepStats,
+    Task,
+    Verdict,
+    VersionSpan,
 )  # fmt: skip
 
 SHARES = {"math": 1.0, "code": 1.0, "tools": 1.0, "long_context": 0.5}

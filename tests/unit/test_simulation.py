@@ -37,8 +37,8 @@ BUGS: dict[str, tuple[ModuleType, str, str]] = {
     ),
     "one step's slots too many": (
         rl_core.loop,
-        "(cfg.max_staleness + 1) * cfg.groups_per_step -",
-        "(cfg.max_staleness + 2) * cfg.groups_per_step -",
+        "(cfg.max_staleness + 1) * cfg.fresh_per_step -",
+        "(cfg.max_staleness + 2) * cfg.fresh_per_step -",
     ),
     "the window costs no slots": (rl_core.loop, "- (window - 1), window=window)", ", window=window)"),
     "a filtered group keeps its slot": (rl_core.loop, "await queue.drop(ticket)\n            slots.release()", "await queue.drop(ticket)"),
@@ -50,8 +50,8 @@ BUGS: dict[str, tuple[ModuleType, str, str]] = {
     ),
     "published before the ledger knows": (
         rl_core.loop,
-        "version = stats.version\n",
-        "version = stats.version; await workers.load_weights(version, weights)\n",
+        "bad_steps.good()\n",
+        "bad_steps.good(); await workers.load_weights(stats.version, weights)\n",
     ),
     "the optimizer steps before the engines have proved their weights": (
         rl_core.loop,
@@ -71,11 +71,19 @@ BUGS: dict[str, tuple[ModuleType, str, str]] = {
     ),
     "a new queue starts empty": (
         rl_core.durable,
-        "restored = self._queue.restore(dict(self._groups),",
+        "restored = self._queue.restore(self._groups(),",
         "restored = self._queue.restore({},",
     ),
-    "a batch trains one by one": (rl_core.ledger, "with self._transaction(durable=True):", "if True:"),
-    "the last step is not flushed": (rl_core.ledger, "transaction(durable=True)", "transaction(durable=False)"),
+    "a batch trains one by one": (
+        rl_core.ledger,
+        "with self._transaction(durable=True):\n            self._move(",
+        "if True:\n            self._move(",
+    ),
+    "the last step is not flushed": (
+        rl_core.ledger,
+        "with self._transaction(durable=True):\n            self._move(",
+        "with self._transaction(durable=False):\n            self._move(",
+    ),
     "a resumed run draws from position 0": (
         rl_core.mixer,
         "self._sources[env](position), position\n        stream.running",
