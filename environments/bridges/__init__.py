@@ -8,6 +8,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from rl_core.types import Status, Verdict
+
+MAX_EVIDENCE = 400  # characters
+
 
 def need(module: str, install: str) -> ModuleType:
     """Import a package that only one bridge needs. Raises ValueError with what to install."""
@@ -15,3 +19,8 @@ def need(module: str, install: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"this environment needs the package {module!r}, which cannot be imported ({error}); {install}") from error
+
+
+def verifier_failed(what: str) -> Verdict:
+    """The verdict when the other world's verifier broke: no reward, and not a zero."""
+    return Verdict(status=Status.VERIFIER_ERROR, reward=None, evidence={"error": what[:MAX_EVIDENCE]})

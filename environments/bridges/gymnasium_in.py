@@ -151,8 +151,8 @@ class Table:
             return gymnasium.make(self.env, **self.arguments)
         except (gymnasium.error.Error, ImportError, TypeError) as error:
             raise ValueError(
-                f"environment 'gymnasium': gymnasium.make({self.env!r}) raised {type(error).__name__}: {error}; a game of another package is "
-                f"written 'module:Name-v0', and some need extras: pip install 'gymnasium[all]'"
+                f"environment 'gymnasium': gymnasium.make({self.env!r}) raised {type(error).__name__}: {error}; a game of another package "
+                f"is written 'module:Name-v0', and some need extras: pip install 'gymnasium[all]'"
             ) from error
 
     def draws(self, rng: random.Random) -> Iterator[int]:

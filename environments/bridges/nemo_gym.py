@@ -7,15 +7,16 @@
     POST /NAME          a tool call's arguments              -> what the tool says, in JSON
     POST /verify        the row and a Responses API object   -> reward, components, whether the sample counts
 
-Rows are NeMo-Gym's own JSONL: `responses_create_params` (input messages, tools) beside whatever the verifier wants. A tool is called by its
-name in the row's list, never by a path that the policy wrote, and only with arguments that its schema allows: others get an answer that says so
-and do not reach the server, whose verifiers may trip over them. What the server fails at is our failure: a verifier that answers with an error or
-masks the sample gives a verifier_error, a server that cannot be reached an infra_error.
+Rows are NeMo-Gym's own JSONL: `responses_create_params` (input messages, tools) beside whatever the verifier wants. A tool is called
+by its name in the row's list, never by a path that the policy wrote, and only with arguments that its schema allows: others get an
+answer that says so and do not reach the server, whose verifiers may trip over them. What the server fails at is our failure: a verifier
+that answers with an error or masks the sample gives a verifier_error, a server that cannot be reached an infra_error.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import time
@@ -28,6 +29,7 @@ import jsonschema
 import requests
 
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
+from environments.bridges import verifier_failed
 from environments.knobs import check_range, read_knobs
 from rl_core.types import ToolCall
 
@@ -128,14 +130,14 @@ class NemoGymEnv(TextEnv):
         }  # fmt: skip
         reply = self._post("verify", row | {"response": response})
         if not reply.ok:
-            raise RuntimeError(f"the server's verifier answered {reply.status_code}: {reply.text[:300]}")
+            return verifier_failed(f"the server's verifier answered {reply.status_code}: {reply.text}")
         found = reply.json()
         if found.get("mask_sample"):
-            raise RuntimeError(f"the server masks this sample: {found.get('failure_kind')}, {found.get('failure_reason')}")
+            return verifier_failed(f"the server masks this sample: {found.get('failure_kind')}, {found.get('failure_reason')}")
         raw = float(found["reward"])
+        if not math.isfinite(raw):
+            return verifier_failed(f"the server's verifier answered with the reward {raw}")
         reward = min(1.0, max(0.0, (raw - self.knobs["low"]) / (self.knobs["high"] - self.knobs["low"])))
-        if raw != raw:
-            raise RuntimeError("the server's verifier answered with a reward that is no number")
         return Verdict(
             status=Status.OK, reward=reward, components={"reward": raw} | components(found), evidence={"server": self.knobs["url"]}
         )
@@ -192,9 +194,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a JSONL file. Raises ValueError that names the file and line."""
     file = Path(path)
     if not path or not file.is_file():
-        raise ValueError(
-            f"environment 'nemo_gym': option rows is {path!r}, wanted a JSONL file such as a resource server's data/example.jsonl"
-        )
+        raise ValueError(f"environment 'nemo_gym': option rows is {path!r}, wanted a JSONL file such as a server's data/example.jsonl")
     return _rows(path, file.stat().st_mtime_ns)
 
 
@@ -207,9 +207,7 @@ def _rows(path: str, changed: int) -> list[dict[str, Any]]:
             row = json.loads(line)
             row["responses_create_params"]["input"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"environment 'nemo_gym': {path}, line {number} is no NeMo-Gym row ({type(error).__name__}: {error})"
-            ) from error
+            raise ValueError(f"environment 'nemo_gym': {path}, line {number} is no row ({type(error).__name__}: {error})") from error
         rows.append(row)
     if not rows:
         raise ValueError(f"environment 'nemo_gym': {path} is empty")

@@ -6,8 +6,8 @@
 Three things are done differently than reasoning-gym does them by itself:
 
 - Scorers run in a killable process that cannot start what the policy wrote (`reasoning_gym_scorer.py`); plain comparison is done here.
-- Item seeds are hashes. The library's own are neighbours, so that its streams repeat themselves and its splits overlap. An item's key is the
-  hash of its question and answer, so that the same item drawn twice is one task, in one split.
+- Item seeds are hashes. The library's own are neighbours, so that its streams repeat themselves and its splits overlap. An item's key
+  is the hash of its question and answer, so that the same item drawn twice is one task, in one split.
 - Only a full score pays. Scorers give crumbs for echoes and padding; `floor` says from which score on the score itself is the reward.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
-from environments.bridges import need
+from environments.bridges import need, verifier_failed
 from environments.bridges.process import Late, LineProcess
 from environments.knobs import check_choices, check_range, read_knobs
 
@@ -93,7 +93,7 @@ class ReasoningGymEnv(TextEnv):
                 status=Status.TIMEOUT_MODEL, reward=0.0, components={"score": 0.0}, evidence={"reason": reason, "answer": answer[:80]}
             )
         if "error" in result:
-            raise RuntimeError(f"reasoning-gym's scorer of {self.task.public['family']!r} failed: {result['error']}")
+            return verifier_failed(f"reasoning-gym's scorer of {self.task.public['family']!r} failed: {result['error']}")
         evidence = {"tier": "scorer", "answer": answer[:80]} | ({"refused": result["refused"]} if result.get("refused") else {})
         return self._verdict(float(result["score"]), evidence)
 

@@ -3,11 +3,11 @@
     stdin   {"family", "arguments", "entry", "answer"}        one JSON object a line
     stdout  {"score": 1.0} | {"refused": "exec"} | {"error": "ValueError: ..."}
 
-Some scorers evaluate the answer (nine of them in 0.1.25: by `eval`, or by sympy's `parse_expr`, which evaluates too). Python announces every
-execution of code through an audit event before the code runs. While a scorer looks at an answer, the hook below turns the execution of any
-code into an error, and so are files, processes and sockets. An answer is therefore compared, and never started. What must be evaluated to be
-scored (`EVALUATED`) gets there only if it is made of the characters and names that its grammar lists, with which nothing but arithmetic can be
-said.
+Some scorers evaluate the answer (nine of them in 0.1.25: by `eval`, or by sympy's `parse_expr`, which evaluates too). Python announces
+every execution of code through an audit event before the code runs. While a scorer looks at an answer, the hook below turns the
+execution of any code into an error, and the use of files, processes and sockets likewise. An answer is so compared, and never started.
+What must be evaluated to be scored (`EVALUATED`) gets there only if it is made of the characters and names that its grammar lists, with
+which nothing but arithmetic can be said.
 
 Run as `python -I reasoning_gym_scorer.py SYS_PATH_AS_JSON`: no import of ours, so that what a worker holds is small.
 """

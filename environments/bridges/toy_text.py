@@ -57,7 +57,7 @@ def value_iteration(game: Any) -> Plan:
 
 
 def basic_strategy(game: Any) -> Plan:
-    """Stand on a hard 17; on 13 to 16 against a dealer's 2 to 6, and on 12 against 4 to 6; on a soft 19, or a soft 18 unless against 9 to ace."""
+    """Stand on a hard 17, 13 to 16 against a dealer's 2 to 6, 12 against 4 to 6, a soft 19, and a soft 18 unless against 9 to ace."""
     del game
 
     def play(observation: Any) -> int:

@@ -21,6 +21,7 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import queue
 import random
 import threading
@@ -31,7 +32,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
-from environments.bridges import need
+from environments.bridges import need, verifier_failed
 from environments.knobs import check_range, read_knobs
 
 INSTALL = "pip install 'verifiers==0.1.14'"
@@ -81,7 +82,9 @@ class VerifiersEnv(TextEnv):
         if isinstance(event, Asked):
             return Observation(messages=self._new(event))
         if event.error:
-            raise RuntimeError(f"{self.knobs['env']}: {event.error}")
+            return verifier_failed(f"{self.knobs['env']}: {event.error}")
+        if not math.isfinite(event.reward):
+            return verifier_failed(f"{self.knobs['env']}: its rubric gave the reward {event.reward}")
         reward = min(1.0, max(0.0, (event.reward - self.knobs["low"]) / (self.knobs["high"] - self.knobs["low"])))
         return Verdict(status=Status.OK, reward=reward, components=event.metrics, evidence={"weighted": f"{event.reward:g}"})
 
@@ -130,12 +133,12 @@ class LiveRollout:
         self._work = asyncio.run_coroutine_threadsafe(self._run(env, dict(row)), self._loop)
 
     def wait(self, seconds: float) -> Asked | Ended:
-        """What comes next. Raises RuntimeError when nothing does."""
+        """What comes next; nothing is an end in an error."""
         try:
             return self._events.get(timeout=seconds)
         except queue.Empty:
             self.cancel()
-            raise RuntimeError(f"the rollout neither asked for a turn nor ended within {seconds:g} s") from None
+            return Ended(error=f"the rollout neither asked for a turn nor ended within {seconds:g} s")
 
     def answer(self, turn: Turn) -> None:
         self._loop.call_soon_threadsafe(self._turns.put_nowait, turn)
@@ -223,7 +226,7 @@ def _load(name: str, arguments: str) -> Any:
             f"environment 'verifiers': {name!r} gave a {type(env).__name__}, wanted a verifiers.MultiTurnEnv (a single turn is one)"
         )
     if env.rubric.has_group_rewards:
-        raise ValueError(f"environment 'verifiers': the rubric of {name!r} scores whole groups, which a reward of one episode cannot be")
+        raise ValueError(f"environment 'verifiers': the rubric of {name!r} scores whole groups, which is no reward of an episode")
     for rubric in getattr(env.rubric, "rubrics", [env.rubric]):
         rubric.funcs = [noticed(function) for function in rubric.funcs]
     return env

@@ -1,8 +1,9 @@
 """A real NeMo-Gym resource server: the newest release in a folder of its own, one server process on 127.0.0.1.
 
-nemo-gym 0.7.0 asks for Python 3.13.14, and for packages that differ from ours (omegaconf 2.3, antlr 4.9). Its resource servers use nothing that
-Python 3.11 lacks, so the wheel is unpacked without its declared requirements into a folder, with the few packages that a server imports; only the
-server's process sees that folder. The folder is kept for the next time.
+nemo-gym 0.7.0 asks for Python 3.13.14, and for packages that differ from ours (omegaconf 2.3, antlr 4.9). Its resource servers use
+nothing that Python 3.11 lacks, so the wheel is unpacked without its declared requirements into a folder, with the few packages that a
+server imports; only the server's process sees that folder. It has two parts, since nemo-gym moves its own root to the end of
+sys.path. It is kept for the next time.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ def install() -> Path:
         building = FOLDER.with_suffix(".building")
         shutil.rmtree(building, ignore_errors=True)
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        run([*pip, "install", "--no-deps", "--target", str(building), *NEEDS])
+        run([*pip, "install", "--no-deps", "--target", str(building / "needs"), *NEEDS])
         run([*pip, "download", "--no-deps", "--ignore-requires-python", "--dest", str(building), f"nemo-gym=={VERSION}"])
         (wheel,) = building.glob("nemo_gym-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             wanted = ("nemo_gym/", f"nemo_gym-{VERSION}.dist-info/", "resources_servers/example_")
-            archive.extractall(building, [name for name in archive.namelist() if name.startswith(wanted)])
+            archive.extractall(building / "gym", [name for name in archive.namelist() if name.startswith(wanted)])
         wheel.unlink()
         building.rename(FOLDER)
         return FOLDER
@@ -83,13 +84,14 @@ def server(name: str, log: Path) -> Iterator[str]:
         "example": {"resources_servers": {name: instance}},
     }  # fmt: skip
     environ = {
-        "PATH": os.environ["PATH"], "HOME": str(log.parent), "PYTHONPATH": str(folder), "NEMO_GYM_CONFIG_PATH": "example",
+        "PATH": os.environ["PATH"], "HOME": str(log.parent), "PYTHONPATH": f"{folder}/needs{os.pathsep}{folder}/gym",
+        "NEMO_GYM_CONFIG_PATH": "example",
         "NEMO_GYM_CONFIG_DICT": json.dumps(config), "WANDB_MODE": "disabled",
     }  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "app.py"],
-            cwd=folder / "resources_servers" / name,
+            cwd=folder / "gym" / "resources_servers" / name,
             env=environ,
             stdout=output,
             stderr=output,

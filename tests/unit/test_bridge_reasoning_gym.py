@@ -75,8 +75,9 @@ def test_an_answer_that_differs_from_the_stored_one_and_is_right_is_paid() -> No
 @pytest.mark.parametrize(
     ("text", "good"),
     [
-        ("3*(4+5)", True), ("x**2 + 3*x + sin(x)/2 + C", True), ("2.5*x**(-3)", True), ("9**9**9", False), ("9**(9**9)", False), ("9**99**99", False), ("9**999", False),
-        ("x.__class__", False), ("lambda: 0", False), ("open('x')", False), ("factorial(99999)", False), ("1e999", False), ("x**y", False), ("[1]", False),
+        ("3*(4+5)", True), ("x**2 + 3*x + sin(x)/2 + C", True), ("2.5*x**(-3)", True), ("9**9**9", False), ("9**(9**9)", False),
+        ("9**99**99", False), ("9**999", False), ("x.__class__", False), ("lambda: 0", False), ("open('x')", False),
+        ("factorial(99999)", False), ("1e999", False), ("x**y", False), ("[1]", False),
     ],
 )  # fmt: skip
 def test_what_is_evaluated_says_arithmetic_and_nothing_else(text: str, good: bool) -> None:
