@@ -28,6 +28,8 @@ BUILT_INS = {
     "tools": "environments.tools:ToolsEnv",
     "instructions": "environments.instructions:InstructionsEnv",
     "structured": "environments.structured:StructuredEnv",
+}
+BRIDGES = {
     "gymnasium": "environments.bridges.gymnasium_in:GymnasiumEnv",
     "reasoning_gym": "environments.bridges.reasoning_gym:ReasoningGymEnv",
     "verifiers": "environments.bridges.verifiers:VerifiersEnv",
@@ -51,7 +53,7 @@ class EnvironmentEntry:
 
     id: str
     target: str  # "module:Class" or "path:Class"
-    source: str  # "built-in", or the distribution that a plugin came with
+    source: str  # "built-in", "bridge", or the distribution that a plugin came with
     env_class: type[TextEnv] | None
     error: str = ""
     """Why env_class is None, in words."""
@@ -77,10 +79,14 @@ def resolve(id: str) -> type[TextEnv]:
     return load(known[id][0])
 
 
-def is_ours(id: str) -> bool:
-    """Whether all code of this environment is ours: neither a plugin nor a bridge to another package."""
-    target = BUILT_INS.get(id, id)
-    return target in BUILT_INS.values() and not target.startswith("environments.bridges.")
+def is_foreign(id: str) -> bool:
+    """Whether the code behind this id is not ours: a plugin, a module or file of somebody's, or a bridge into another world's packages.
+
+    Answered from names alone, so that nothing is imported. What is foreign runs in a process of its own.
+    """
+    target = targets()[id][0] if id in targets() else id
+    module = target.rpartition(":")[0]
+    return not module.startswith("environments.") or module.startswith("environments.bridges.")
 
 
 def list_environments() -> list[EnvironmentEntry]:
@@ -97,6 +103,7 @@ def list_environments() -> list[EnvironmentEntry]:
 def targets() -> dict[str, tuple[str, str]]:
     """{id: (target, source)}; a built-in's id cannot be taken over by a plugin, and of two plugins the first by name stays."""
     found = {id: (target, "built-in") for id, target in BUILT_INS.items()}
+    found |= {id: (target, "bridge") for id, target in BRIDGES.items()}
     for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
         source = point.dist.name if point.dist else "a plugin"
         if point.name not in found:

@@ -69,7 +69,8 @@ def broken(result: GroupResult) -> str:
     """How a group broke that says nothing about the policy, or "" if it did not break."""
     if result.num_trainable >= MIN_TRAINABLE:
         return ""
-    return f"only {result.num_trainable} good rollouts ({', '.join(sorted({s for s in result.statuses if not Status(s).trains}))})"
+    statuses = ", ".join(sorted({s for s in result.statuses if not Status(s).trains}))
+    return f"only {result.num_trainable} good rollouts ({statuses}{f': {result.failure}' if result.failure else ''})"
 
 
 def unusable(result: GroupResult) -> str:

@@ -15,6 +15,9 @@ from rl_core.types import Agreement, Completion, EpisodeSpec, Group, Message, Re
 
 Ref = Any
 
+MAX_FAILURE = 200
+"""Characters of a cause that travel with a group's result."""
+
 
 class BadTask(ValueError):
     """A task that cannot be graded, whoever answers it: its episode ends as a verifier error, never as a zero."""
@@ -92,6 +95,8 @@ class GroupResult:
     continued: int = 0  # rollouts that went on from an earlier attempt's tokens
     uses: int = 0
     """Steps that it has trained in so far."""
+    failure: str = ""
+    """What the first rollout that does not count says of its end."""
     history: str = ""
     """Why there was more than one attempt, and what became of the earlier ones' rollouts."""
 
@@ -121,6 +126,7 @@ class GroupResult:
             accepted=sum(c.accepted for c in completions),
             engine_steps=sum(c.engine_steps for c in completions),
             seconds=seconds,
+            failure=next((first_evidence(r.verdict) for r in group.rollouts if not r.verdict.status.trains), ""),
         )
 
     def treated(self, group: Group, ref: Ref) -> GroupResult:
@@ -129,6 +135,11 @@ class GroupResult:
         return replace(
             self, ref=ref, num_trainable=new.num_trainable, has_signal=new.has_signal, rewards=new.rewards, statuses=new.statuses
         )
+
+
+def first_evidence(verdict: Verdict) -> str:
+    """What a verdict says of itself, in one line."""
+    return next((" ".join(text.split())[:MAX_FAILURE] for text in verdict.evidence.values() if text.strip()), "")
 
 
 class RolloutWorkers(Protocol):

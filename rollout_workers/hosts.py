@@ -12,22 +12,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
 from environments.host import EnvironmentBug
 from environments.host_actor import EnvLimits, HostActor
-from environments.registry import is_ours
+from environments.registry import is_foreign
 from rl_core.config import RunConfig
 from rl_core.seams import Observation, Transition
 from rl_core.types import Status, Task, Turn
 from rollout_workers.episode import SessionFailed
-
-SHARED = ""
-"""Name of the hosts that our own environments share."""
 
 CALLS_PER_HOST = 10_000
 """Calls that one host may hold: those that wait are coroutines, so the number is only a backstop."""
@@ -39,11 +36,23 @@ ANSWER_S = 15.0
 log = logging.getLogger(__name__)
 
 
-def start_hosts(config: RunConfig) -> dict[str, list[Any]]:
-    """The run's environment hosts: those of SHARED, and by name those of each environment that runs somebody else's code.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSet:
+    """A run's hosts. What comes with polyrl shares some; every environment of somebody else has one to itself.
 
-    A plugin that takes its process down so takes nobody else's episodes along. A host that dies comes back by itself, without its sessions.
+    Whatever code of others does to its process (end it, fill it, hold its lock, start a hundred more) so happens to itself alone.
     """
+
+    shared: tuple[Any, ...] = ()
+    own: Mapping[str, Any] = field(default_factory=dict)  # by the environment's name in the run
+
+    @property
+    def all(self) -> tuple[Any, ...]:
+        return (*self.shared, *self.own.values())
+
+
+def start_hosts(config: RunConfig) -> HostSet:
+    """The run's environment hosts. One that dies comes back by itself, without its sessions."""
     rollout = config.rollout
     limits = {
         name: EnvLimits(calls=rollout.env_threads, call_timeout_s=env.call_timeout_s, episode_timeout_s=env.timeout_s)
@@ -57,32 +66,28 @@ def start_hosts(config: RunConfig) -> dict[str, list[Any]]:
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
     )
     memory = int(rollout.env_host_memory_gib * 2**30)
-    return {
-        name: [host.remote(config.sandbox, limits, memory_bytes=memory, own_process=True) for _ in range(rollout.env_hosts)]
-        for name in host_names(config)
-    }
 
+    def start() -> Any:
+        return host.remote(config.sandbox, limits, memory_bytes=memory, own_process=True)
 
-def host_names(config: RunConfig) -> list[str]:
-    """SHARED, if an environment of ours is in the run, and each that is not ours."""
-    alone = [name for name, env in config.environments.items() if not is_ours(env.id or name)]
-    return alone if len(alone) == len(config.environments) else [SHARED, *alone]
+    foreign = [name for name, env in config.environments.items() if is_foreign(env.id or name)]
+    shared = rollout.env_hosts if len(foreign) < len(config.environments) else 0
+    return HostSet(shared=tuple(start() for _ in range(shared)), own={name: start() for name in foreign})
 
 
 class Hosts:
     """Gives out sessions; watches the hosts that they are on."""
 
-    def __init__(self, handles: Mapping[str, Sequence[Any]], *, owner: str) -> None:
+    def __init__(self, hosts: HostSet, *, owner: str) -> None:
         """`owner` names this worker in this life: a session that a dead one left open does not bar its successor's."""
-        self._handles, self._owner = handles, owner
+        self._hosts, self._owner = hosts, owner
         self._turn_of, self._number = itertools.count(), itertools.count()
         self._looking: dict[Any, asyncio.Task[None]] = {}
         self.killed = 0
 
     def session(self, env_id: str, options: Mapping[str, Any], task: Task) -> RemoteSession:
-        """A session of one episode, on the host whose turn it is."""
-        handles = self._handles.get(task.env) or self._handles[SHARED]
-        host = handles[next(self._turn_of) % len(handles)]
+        """A session of one episode, on its environment's own host, or on the shared one whose turn it is."""
+        host = self._hosts.own.get(task.env) or self._hosts.shared[next(self._turn_of) % len(self._hosts.shared)]
         name = f"{self._owner}/{next(self._number)}"
         return RemoteSession(hosts=self, host=host, id=name, env_id=env_id, options=options, task=task)
 

@@ -11,7 +11,6 @@ run left. The pool owns the references to finished groups, so they outlive the w
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,7 @@ from rl_core.process_env import cpu_environment
 from rl_core.seams import GroupResult, Ref
 from rl_core.types import EpisodeSpec, Receipt, Task
 from rollout_workers.engine import EngineError
-from rollout_workers.hosts import start_hosts
+from rollout_workers.hosts import HostSet, start_hosts
 from rollout_workers.rewards import RewardActors
 from rollout_workers.worker import Job, RolloutWorker
 
@@ -73,7 +72,7 @@ class Pool:
         self.latest: tuple[int, Ref] | None = None
         """The newest weights that were published: what a restarted worker loads first."""
         self._run_dir = run_dir
-        self._hosts: dict[str, list[Any]] = {}
+        self._hosts = HostSet()
         self._drafts: dict[str, Drafts] = {}
         """What an earlier life of the run left of its groups; taken out as they are taken up."""
         self._reading: dict[Any, asyncio.Future[dict[str, Drafts]]] = {}  # by dead worker
@@ -159,11 +158,11 @@ class Pool:
             for stop in late:
                 stop.cancel()
             await asyncio.gather(*stops, return_exceptions=True)  # a dead worker's engine has ended with it
-        for actor in [*actors, *itertools.chain(*self._hosts.values())]:
+        for actor in [*actors, *self._hosts.all]:
             ray.kill(actor)
         for place in self._places:
             place.actor = None
-        self._hosts = {}
+        self._hosts = HostSet()
         self._rewards.close()
 
     async def _start_worker(self, place: Place) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, Task
 from rollout_workers.continuing import SNAPSHOT_S, Continuing, Diverged
 from rollout_workers.engine import Engine, EngineError
 from rollout_workers.episode import run_episode
-from rollout_workers.hosts import Hosts
+from rollout_workers.hosts import Hosts, HostSet
 from rollout_workers.rewards import RewardActors, recipes
 
 EPISODES_PER_SEQUENCE = 1.5
@@ -52,7 +52,7 @@ class RolloutWorker:
     """One engine and the episodes that use it. Made an actor by the pool; its methods are called concurrently."""
 
     def __init__(
-        self, name: str, *, life: str, model_path: str, dtype: str, rollout: RolloutConfig, seed: int, hosts: Mapping[str, Sequence[Any]],
+        self, name: str, *, life: str, model_path: str, dtype: str, rollout: RolloutConfig, seed: int, hosts: HostSet,
         run_dir: Path | None, rewards: tuple[Mapping[str, EnvironmentConfig], RewardActors] | None = None,
     ) -> None:  # fmt: skip
         """`life` names this worker until it dies: sessions on hosts carry it. Without a run folder, no log and no drafts are kept."""

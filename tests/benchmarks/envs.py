@@ -31,7 +31,7 @@ from infra.ray_cluster import start_local
 from rl_core.chat import ChatML
 from rl_core.types import EpisodeSpec, Rollout, SamplingParams, Task, Turn
 from rollout_workers.episode import run_episode
-from rollout_workers.hosts import SHARED, Hosts, RemoteSession
+from rollout_workers.hosts import Hosts, HostSet, RemoteSession
 
 SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
 SPEC = EpisodeSpec(group_size=1, sampling=SamplingParams(max_tokens=4096), max_turns=16, max_total_tokens=1 << 17, timeout_s=300)
@@ -136,7 +136,7 @@ async def episodes(host: Any, env: str, chat: ChatML, number: int) -> list[Rollo
 
 
 def session(host: Any, env: str, task: Task) -> RemoteSession:
-    return Hosts({SHARED: [host]}, owner=f"bench-{next(names)}").session(env, OPTIONS.get(env, {}), task)
+    return Hosts(HostSet(shared=(host,)), owner=f"bench-{next(names)}").session(env, OPTIONS.get(env, {}), task)
 
 
 async def episode(host: Any, task: Task, chat: ChatML, think_s: Callable[[], float] | None = None) -> Rollout:

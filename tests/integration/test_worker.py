@@ -24,7 +24,7 @@ from rl_core.drafts import read_drafts
 from rl_core.seams import GroupResult
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, SamplingParams, Status, Task, Turn
 from rollout_workers import hosts as hosts_module
-from rollout_workers.hosts import SHARED, Hosts, start_hosts
+from rollout_workers.hosts import Hosts, HostSet, start_hosts
 from rollout_workers.pool import Pool
 from tests.integration.hanging_env import HangingEnv
 from tests.integration.leaking_env import LeakingEnv
@@ -138,8 +138,8 @@ def test_a_host_whose_interpreter_hangs_is_killed_and_serves_again(
     task = next(HangingEnv.tasks("train", 0, {}))
 
     async def main() -> tuple[Any, Any, int]:
-        handles = start_hosts(running.config)
-        hosts = Hosts(handles, owner="w9.0")
+        started = start_hosts(running.config)
+        hosts, (handle, *_) = Hosts(started, owner="w9.0"), started.shared
 
         async def episode() -> Any:
             session = hosts.session("tests.integration.hanging_env:HangingEnv", {"flag": str(flag)}, task)
@@ -147,12 +147,12 @@ def test_a_host_whose_interpreter_hangs_is_killed_and_serves_again(
             return (await session.step(Turn(content=""))).verdict
 
         try:
-            await handles[SHARED][0].ping.remote()
+            await handle.ping.remote()
             flag.touch()
             hung = await episode()
             return hung, await episode(), hosts.killed
         finally:
-            ray.kill(handles[SHARED][0])
+            ray.kill(handle)
 
     hung, after, killed = running.run(main(), 60.0)
     assert hung.status is Status.INFRA_ERROR
@@ -163,8 +163,8 @@ def test_a_host_that_leaks_is_replaced_between_episodes_and_no_episode_is_lost(r
     task = next(LeakingEnv.tasks("train", 0, {}))
 
     async def main() -> list[tuple[str, Any]]:
-        (host,) = start_hosts(replace(running.config, rollout=replace(running.config.rollout, env_host_memory_gib=0.3)))[SHARED]
-        hosts = Hosts({SHARED: [host]}, owner="w9.1")
+        (host,) = start_hosts(replace(running.config, rollout=replace(running.config.rollout, env_host_memory_gib=0.3))).shared
+        hosts = Hosts(HostSet(shared=(host,)), owner="w9.1")
 
         async def episode() -> tuple[str, Any]:
             session = hosts.session("tests.integration.leaking_env:LeakingEnv", {}, task)

@@ -32,6 +32,7 @@ from rl_core.mixer import Mixer
 from rl_core.run_store import RunStore, StoredRun
 from rl_core.seams import GroupResult, Observation, Ref, RolloutWorkers
 from rl_core.types import Agreement, Completion, EpisodeSpec, Receipt, SamplingParams, StepStats, Task, Turn, VersionSpan
+from rollout_workers.hosts import HostSet
 from rollout_workers.rewards import RewardActors
 from rollout_workers.worker import Job, RolloutWorker
 from tests.unit.fakes import LocalQueue, probe
@@ -79,7 +80,8 @@ class ScriptedWorker(RolloutWorker):
 
     def __init__(self, config: RunConfig, policy: Policy, host: EnvHost, rewards: RewardActors) -> None:
         super().__init__(
-            "w0", life="w0-1", model_path=config.model.path, dtype="float32", rollout=config.rollout, seed=0, hosts=[LocalHost(host)],
+            "w0", life="w0-1", model_path=config.model.path, dtype="float32", rollout=config.rollout, seed=0,
+            hosts=HostSet(shared=(LocalHost(host),)),
             run_dir=None, rewards=(config.environments, rewards),
         )  # fmt: skip
         self.sampler = ScriptedSampler(chat_format(config.model.path), policy, config)

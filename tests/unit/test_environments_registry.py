@@ -9,10 +9,7 @@ import pytest
 
 from environments import registry
 from environments.math import MathEnv
-from environments.registry import BrokenEnvironment, UnknownEnvironment, is_ours, list_environments, resolve
-from rl_core.config import EnvironmentConfig, RunConfig
-from rl_core.types import Task
-from rollout_workers.hosts import SHARED, Hosts, host_names
+from environments.registry import BrokenEnvironment, UnknownEnvironment, list_environments, resolve
 
 PLUGIN = '''
 from environments.base import Message, Observation, Status, TaskDraft, TextEnv, Turn, Verdict
@@ -65,25 +62,10 @@ def test_built_ins_resolve_to_their_classes() -> None:
         assert resolve(name).id == name
 
 
-def test_only_our_own_code_counts_as_ours() -> None:
-    assert all(is_ours(name) for name in ("math", "code", "environments.math:MathEnv"))
-    assert not any(is_ours(name) for name in ("gymnasium", "riddles", "riddles.env:Riddles", "environments.bridges.verifiers:VerifiersEnv"))
-
-
-def test_what_is_not_ours_gets_a_host_of_its_own() -> None:
-    environments = {"sums": EnvironmentConfig(id="math"), "code": EnvironmentConfig(), "ice": EnvironmentConfig(id="gymnasium")}
-    assert host_names(RunConfig(environments=environments)) == [SHARED, "ice"]
-    assert host_names(RunConfig(environments={"riddles": EnvironmentConfig()})) == ["riddles"]
-    handles = {SHARED: ["shared"], "ice": ["own"]}
-    for env, host in (("sums", "shared"), ("ice", "own")):
-        task = Task(env=env, key="k", split="train", seed=0, public={})
-        assert Hosts(handles, owner="w0").session("any", {}, task).host == host
-
-
 def test_an_unknown_id_suggests_the_nearest_one() -> None:
     with pytest.raises(UnknownEnvironment, match="did you mean 'math'"):
         resolve("mathh")
-    with pytest.raises(UnknownEnvironment, match=r"known: code, .*math, .*structured, tools"):
+    with pytest.raises(UnknownEnvironment, match="known: code, gymnasium, instructions, long_context, math, nemo_gym"):
         resolve("zzzzzz")
     assert issubclass(UnknownEnvironment, ValueError)
 
@@ -99,6 +81,19 @@ def test_a_plugin_is_found_and_a_broken_one_breaks_only_itself() -> None:
     assert all(entries[name].env_class is not None for name in registry.BUILT_INS)
     with pytest.raises(BrokenEnvironment, match="a_package_that_is_not_there"):
         resolve("broken")
+
+
+@pytest.mark.parametrize(
+    ("id", "foreign"),
+    [
+        ("math", False), ("environments.math:MathEnv", False), ("gymnasium", True),
+        ("environments.bridges.gymnasium_in:GymnasiumEnv", True),
+        ("say", True), ("say_plugin:SayEnv", True), ("environments/math.py:MathEnv", True), ("no_such_id", True),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("plugins")
+def test_what_is_not_ours_is_foreign(id: str, foreign: bool) -> None:
+    assert registry.is_foreign(id) is foreign
 
 
 @pytest.mark.usefixtures("plugins")
