@@ -25,7 +25,7 @@ from infra.simulation.study import Tally, run_one, scratch
 from tests.unit.mutants import plant
 
 SAMPLE = 80
-QUEUE_FAULTS = (Fault.QUEUE_DEATH_AFTER_CALL, Fault.SLOW_QUEUE)
+QUEUE_FAULTS = (Fault.QUEUE_DEATH_AFTER_CALL, Fault.SLOW_QUEUE, Fault.LATE_ANSWER)
 ENOUGH = 300
 """Runs within which every planted bug must be seen; most take fewer than ten."""
 
