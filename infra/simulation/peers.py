@@ -63,7 +63,7 @@ class Comparison:
         return self.synchronous.step_s / self.asynchronous[max_staleness].step_s
 
 
-def compare(published: Published, spread: float, staleness: tuple[int, ...] = (1, 2)) -> Comparison:
+def compare(published: Published, spread: float, staleness: tuple[int, ...] = (1, 2, 4)) -> Comparison:
     """Fit the engines to the synchronous run, then predict the asynchronous one."""
     env = EnvPlan(group_size=16, mean_tokens=7_000, spread=spread, max_tokens=28_000, signal=1.0)
     rest = published.step_s - published.generation_s - published.training_s

@@ -1,7 +1,8 @@
 """Groups per second through the protocol: sampler, queue, ledger and batcher, with engines that cost nothing.
 
 groups_per_s_10, _100, _1000   trained groups per second of wall time, with so many workers and 100,000 groups in flight
-groups_per_s_ray_100           the same with the replay queue as an actor of a real Ray, and 10,000 groups in flight
+driver_us_per_group_10, ...    CPU time of the driver's process for each trained group, in microseconds: what a busy machine does not change
+groups_per_s_ray_100           groups_per_s_100 with the replay queue as an actor of a real Ray, and 10,000 groups in flight
 batcher_groups_per_s           groups per second of the batcher alone (advantages, trajectories, microbatches), one process
 journal_groups_per_s           groups per second that a journal on this disk makes durable, eight writers at once
 peak_mib                       largest resident memory of the driver's process over all of these runs
@@ -64,8 +65,8 @@ PAYLOADS = 32
 """Different groups that the references lead to."""
 
 PER_STEP = 1000
-WARMUP_STEPS, STEPS = 5, 25
-REPETITIONS = 3
+WARMUP_STEPS, STEPS = 3, 20
+REPETITIONS = 2
 
 
 def bench() -> dict[str, list[float]]:
@@ -77,8 +78,9 @@ def bench() -> dict[str, list[float]]:
         figures["batcher_groups_per_s"] = [timed(lambda: batcher.submit(batch, list(range(PER_STEP))).result()) for _ in range(REPETITIONS)]
         for _ in range(REPETITIONS):
             for workers in (10, 100, 1000):
-                rate, memory = measure(workers, in_flight=100_000, batcher=batcher)
+                rate, cost, memory = measure(workers, in_flight=100_000, batcher=batcher)
                 figures.setdefault(f"groups_per_s_{workers}", []).append(rate)
+                figures.setdefault(f"driver_us_per_group_{workers}", []).append(cost)
                 peak = max(peak, *memory)
                 if workers == 100:
                     figures.setdefault("growth_mib", []).append(memory[-1] - memory[0])
@@ -89,8 +91,8 @@ def bench() -> dict[str, list[float]]:
 
 def measure(
     workers: int, *, in_flight: int, batcher: ProcessPoolExecutor, make_queue: Callable[[int], RawQueue] | None = None
-) -> tuple[float, list[float]]:
-    """(groups per second, resident MiB at each measured step)."""
+) -> tuple[float, float, list[float]]:
+    """(groups per second, microseconds of CPU for each, resident MiB at each measured step)."""
     gc.collect()
     # window chosen so that (max_staleness + 1) * PER_STEP - (window - 1) is `in_flight`
     cfg = LoopConfig(steps=WARMUP_STEPS + STEPS, groups_per_step=PER_STEP, max_staleness=in_flight // PER_STEP, window=PER_STEP + 1)
@@ -110,8 +112,9 @@ def measure(
             ledger.close()
 
     asyncio.run(main())
-    times, memory = clock.times[WARMUP_STEPS - 1 :], clock.memory[WARMUP_STEPS:]
-    return PER_STEP * (len(times) - 1) / (times[-1] - times[0]), memory
+    times, cpu, memory = (series[WARMUP_STEPS - 1 :] for series in (clock.times, clock.cpu, clock.memory))
+    groups = PER_STEP * (len(times) - 1)
+    return groups / (times[-1] - times[0]), 1e6 * (cpu[-1] - cpu[0]) / groups, memory
 
 
 class Workers:
@@ -169,6 +172,9 @@ class Learner:
         self._version += 1
         return StepStats(version=self._version, metrics={}), self._version
 
+    async def roll_back(self, version: int) -> tuple[StepStats, Ref]:
+        raise AssertionError("no step of the benchmark is bad")
+
     async def save(self) -> str:
         return ""
 
@@ -178,6 +184,7 @@ class StepClock:
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.cpu: list[float] = []
         self.memory: list[float] = []
         self._process = psutil.Process()
 
@@ -189,6 +196,7 @@ class StepClock:
 
     async def step(self, step: int, version: int, metrics: dict[str, float]) -> None:
         self.times.append(time.perf_counter())
+        self.cpu.append(time.process_time())
         self.memory.append(self._process.memory_info().rss / 2**20)
 
 
