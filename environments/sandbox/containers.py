@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from environments.sandbox import base
-from environments.sandbox.base import READY, Limits
+from environments.sandbox.base import Limits
 from environments.sandbox.pump import pump
 
 LABEL, OWNER, INSTANCE = "polyrl.sandbox", "polyrl.owner", "polyrl.instance"
@@ -74,8 +74,6 @@ class Container:
         kind, transcript = pump(self, b"", Limits(wall_s=60), until_ready=True)
         if not transcript.ready:
             raise RuntimeError(f"a container did not get ready ({kind}): {base.tail(transcript.stderr)[-300:]}")
-        # For the next pump, so that one rule holds: no READY, no run.
-        self._buffer = bytearray(struct.pack(">BxxxL", 1, len(READY)) + READY)
 
     @property
     def alive(self) -> bool:

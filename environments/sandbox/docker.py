@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from environments.sandbox import base
-from environments.sandbox.base import Gate, Kind, Limits, Sandbox, SandboxJob, SandboxResult, SandboxUnavailable
+from environments.sandbox.base import READY, Gate, Kind, Limits, Sandbox, SandboxJob, SandboxResult, SandboxUnavailable
 from environments.sandbox.containers import ENVIRONMENT, INSTANCE, LABEL, OWNER, Container, abandoned, hardening, owner, shape
 from environments.sandbox.pump import Transcript, pump
 from environments.sandbox.seccomp import filter_program
@@ -106,8 +106,8 @@ class DockerSandbox(Sandbox):
 
     def _talk(self, container: Container, job: SandboxJob) -> tuple[Kind, Transcript]:
         """Let the container run the job. Raises where the engine, and not the program, is why there is no answer."""
-        kind, transcript = pump(container, job.payload(), job.limits, cases=len(job.inputs))
-        if kind == "infra_error" or (kind == "finished" and transcript.settled(len(job.inputs))):
+        kind, transcript = pump(container, job.payload(), job.limits, cases=len(job.inputs), said=READY)
+        if kind == "finished" and transcript.settled(len(job.inputs)):
             return kind, transcript
         if kind == "timeout" and not self._answers():
             raise ConnectionError(f"the Docker engine stopped answering while a program ran, for {_PING_S} s at least")

@@ -54,13 +54,15 @@ class Transcript:
         return values >= cases > 0 and self.stdout.count(b"\n") > cases
 
 
-def pump(channel: Channel, payload: bytes, limits: Limits, *, cases: int = 0, until_ready: bool = False) -> tuple[Kind, Transcript]:
+def pump(
+    channel: Channel, payload: bytes, limits: Limits, *, cases: int = 0, said: bytes = b"", until_ready: bool = False
+) -> tuple[Kind, Transcript]:
     """Write `payload`, read until `cases` are settled or the runner ends. The kind is finished, timeout, output_limit, or
     infra_error (never said ready).
 
-    With `until_ready`, stop after READY: the runner then waits for a job, warm.
+    With `until_ready`, stop after READY: the runner then waits for a job, warm. The pump that brings the job says that it was `said`.
     """
-    transcript = Transcript()
+    transcript = Transcript(stdout=bytearray(said))
     deadline = time.monotonic() + limits.wall_s
     pending = memoryview(payload)
     kind: Kind = "finished"

@@ -195,6 +195,7 @@ def child(job: dict[str, Any], value: Any, writer: int) -> None:
     os.dup2(writer if job["mode"] == "stdin" else os.open("/dev/null", os.O_WRONLY), 1)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - the program's, until the process ends
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    os.nice(10)  # all share one processor: the runner must get to end them when their time is up
     _limit(resource.RLIMIT_CPU, job["cpu_s"])
     _limit(resource.RLIMIT_AS, job["memory_bytes"])
     _limit(resource.RLIMIT_FSIZE, job["file_bytes"])

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 from environments.code import MAX_PROGRAM_CHARS, CodeEnv, judged
 from environments.sandbox import Limits, Sandbox, base
 from environments.sandbox.bubblewrap import BubblewrapSandbox
+from environments.sandbox.choose import close_sandboxes
 from rl_core.types import Status, Turn
 from tests.integration.attacks import ATTACKS, BY_NAME, CANARY_FOLDER, CLASSES, MARK, Attack
 from tests.integration.sandboxes import BACKENDS, HONEST, SHORT, Attempt, attempt, open_backend, soon
@@ -41,7 +41,7 @@ class Battle:
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def battle(request: pytest.FixtureRequest) -> Iterator[Battle]:
+def battle(request: pytest.FixtureRequest) -> Battle:
     sandbox = open_own(request.param)
     found = Battle(groups_bounded=getattr(sandbox, "group_limits", "cgroup") == "cgroup", mounts_before=mounts())
     over = threading.Event()
@@ -56,11 +56,11 @@ def battle(request: pytest.FixtureRequest) -> Iterator[Battle]:
         for job in waiting:
             job.result()
         work(sandbox, 0, found)
-        yield found
     finally:
         over.set()
         watcher.join()
         sandbox.close()
+    return found
 
 
 def open_own(name: str) -> Sandbox:
@@ -151,6 +151,7 @@ def test_a_right_program_after_the_attacks_is_paid(battle: Battle, number: int) 
 
 def test_the_host_is_as_it_was(battle: Battle) -> None:
     assert battle.most_processes <= Limits().processes + 8
+    close_sandboxes()  # the one that this process shares among tests keeps containers warm
     assert soon(lambda: not sandboxed()), sandboxed()
     assert soon(lambda: mounts() == battle.mounts_before)
     assert not [p for p in Path("/sys/fs/cgroup").glob(f"*/polyrl-{os.getpid()}-*") if p.is_dir()]

@@ -103,6 +103,18 @@ def test_otherwise_the_end_is_waited_for(lines: tuple[bytes, ...]) -> None:
     assert pump(Lines(*lines, ends=True), b"", Limits(wall_s=60), cases=2)[0] == "finished"
 
 
+def test_a_program_that_says_nothing_is_late_and_no_failure_of_ours() -> None:
+    warm = Lines(ends=False)
+    assert pump(warm, b"", Limits(wall_s=60), until_ready=True)[0] == "finished"
+    assert pump(warm, b"", Limits(wall_s=0.05), cases=1, said=READY)[0] == "timeout"
+
+
+def test_a_runner_that_never_got_ready_is_a_failure_of_ours() -> None:
+    silent = Lines(ends=True)
+    os.read(silent.reader, 100)
+    assert pump(silent, b"", Limits(wall_s=60), cases=1)[0] == "infra_error"
+
+
 class Python(Sandbox):
     name, languages = "toy", base.LANGUAGES
 
