@@ -32,7 +32,7 @@ from infra.bench import interleaved
 from reward_models.code_cases import grade_cases
 
 SCRIPTS = Path(__file__).parents[2] / "infra" / "docker"
-VERDICTS, COLD, SUSTAINED = 40, 12, 40
+VERDICTS, COLD, SUSTAINED = 30, 10, 30
 """Per repetition: alone, without a pool, and in a row."""
 REPETITIONS = 3
 WIDTH = 2
