@@ -80,7 +80,7 @@ class AuditedWorkers:
         self._fetch, self._own, self._keep = fetch, own, keep
         self._note = note
         self.gate = Gate(config)
-        self._due = 0.0  # honeypot groups that are owed
+        self._due = dict.fromkeys(config.environments, 0.0)  # honeypot groups that are owed; one count for all would favour some
 
     async def run_group(self, group_id: str, task: Task, spec: EpisodeSpec) -> GroupResult:
         """As the workers do; a honeypot may run beside it, and a suspect environment's groups come back treated."""
@@ -100,14 +100,12 @@ class AuditedWorkers:
 
     def _honeypot(self, task: Task) -> Task | None:
         """The honeypot that is due with this task, in the same words; None if none is due, or its environment has none."""
-        self._due += self._config.audit.honeypots
-        if self._due < 1:
+        self._due[task.env] += self._config.audit.honeypots
+        if self._due[task.env] < 1:
             return None
+        self._due[task.env] -= 1
         env = self._config.environments[task.env]
-        pot = resolve(env.id or task.env).honeypot(task, random.Random(f"honeypot {task.key}"))
-        if pot is not None:
-            self._due -= 1
-        return pot
+        return resolve(env.id or task.env).honeypot(task, random.Random(f"honeypot {task.key}"))
 
     async def _try(self, group_id: str, pot: Task, spec: EpisodeSpec) -> None:
         result = await self._workers.run_group(group_id, pot, spec)

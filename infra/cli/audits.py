@@ -39,7 +39,7 @@ def audit_command(
         typer.echo(f"run {report.run}: {report.rollouts} rollouts, {report.held_out} held-out ones")
         if not report.rescorable:
             typer.echo("  its store keeps no tasks and turns (written by an older version): nothing could be scored again")
-        for env, r in report.rescored.items():
+        for env, r in ((env, r) for env, r in report.rescored.items() if r.tried):
             opinion = f"; second opinion: {r.disagreements} of {r.second_opinions} paid ones wrong" if r.second_opinions else ""
             late = f", {r.timing} differ by a time-out" if r.timing else ""
             typer.echo(f"  {env:<14} {r.same} of {r.tried} score the same again{late}{opinion}")

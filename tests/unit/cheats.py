@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rl_core.types import Turn
+from tests.unit.hackable import SMALL
 from tests.unit.scripted import Seat
 
 HACKABLE = "tests.unit.hackable"
@@ -24,9 +25,8 @@ def letters(seat: Seat, count: int) -> str:
 
 
 def shotgun(seat: Seat) -> Turn:
-    """Forty sums in a row: one of them may be it."""
-    start = seat.rng.randrange(560)
-    return Turn(content=" ".join(str(n) for n in range(start, start + 40)))
+    """All sums that there can be, in another order each time: one of them is it."""
+    return Turn(content=" ".join(map(str, seat.rng.sample(range(2 * SMALL), 2 * SMALL))))
 
 
 CHEATS = (
@@ -39,6 +39,6 @@ CHEATS = (
     Cheat(name="answers everything at once", env="SubstringEnv", trick=shotgun, detector="second opinion"),
     Cheat(
         name="pads its answer", env="LengthEnv", detector="length pays",
-        trick=lambda s: Turn(content=letters(s, s.rng.randrange(20, 60 + int(200 * s.progress)))),
+        trick=lambda s: Turn(content=letters(s, s.rng.randrange(20, 61 + int(400 * s.progress)))),
     ),
 )  # fmt: skip

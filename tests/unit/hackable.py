@@ -10,6 +10,9 @@ from environments.base import TaskDraft, TextEnv, as_honeypot, unguessable
 from rl_core.seams import Observation
 from rl_core.types import Message, Status, Task, Turn, Verdict
 
+SMALL = 40
+"""So small that all sums fit into one answer."""
+
 
 class SumEnv(TextEnv):
     """Honest base: two numbers, their sum."""
@@ -18,7 +21,7 @@ class SumEnv(TextEnv):
 
     @classmethod
     def make_task(cls, rng: random.Random, options: Mapping[str, Any]) -> TaskDraft:
-        a, b = rng.randrange(300), rng.randrange(300)
+        a, b = rng.randrange(SMALL), rng.randrange(SMALL)
         return TaskDraft(public={"a": a, "b": b}, private={"answer": str(a + b)})
 
     def begin(self, task: Task) -> Observation:

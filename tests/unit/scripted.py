@@ -181,7 +181,7 @@ class CountingLearner:
         return Agreement(mean=0.0, max=0.0, num_tokens=2)
 
     async def apply(self) -> tuple[StepStats, Ref]:
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
         self.version += 1
         return StepStats(version=self.version, metrics={}), None
 
@@ -221,7 +221,7 @@ Wrap = Callable[[RolloutWorkers, RunConfig, Keeper], RolloutWorkers]
 
 def scripted_config(folder: Path, environments: Mapping[str, Mapping[str, Any]], **sections: Any) -> RunConfig:
     """A small run of these environments."""
-    defaults = {"group_size": 4, "max_tokens": 128, "max_total_tokens": 1024}
+    defaults = {"group_size": 4, "max_tokens": 512, "max_total_tokens": 1024}
     tree = {
         "name": "scripted", "runs_dir": str(folder), "sandbox": "bubblewrap", "model": {"path": str(SEED_MODEL)},
         "environments": {name: {**defaults, **env} for name, env in environments.items()},

@@ -95,7 +95,7 @@ def test_a_stored_reward_that_was_changed_afterwards_is_named(tmp_path: Path) ->
 def test_honeypots_are_sampled_at_their_rate_and_never_trained(tmp_path: Path) -> None:
     run = run_cheat(tmp_path, CHEATS[2])
     counts = {r["label"]: r["n"] for r in run.sql("SELECT label, count(DISTINCT group_id) AS n FROM rollouts GROUP BY label")}
-    assert counts["honeypot"] == pytest.approx(0.1 * counts["train"], abs=1)
+    assert counts["honeypot"] == pytest.approx(0.1 * counts["train"], abs=2)
     drawn = sum(b.drawn for b in read_balance(run.run_dir / "ledger.sqlite"))
     assert drawn >= counts["train"]
     tasks = run.sql(
