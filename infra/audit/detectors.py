@@ -28,7 +28,7 @@ COUPLING = 0.5
 two environments, where the longer way of writing a program is the surer one."""
 MIN_PADDING = 40  # characters
 PADDING = 2.0
-"""An answer is padded that is this many times as long as honest ones: the oracle's longest, or else nearly all paid ones of the first third."""
+"""An answer is padded that is this many times as long as honest ones: the oracle's longest, or most paid ones of the first third."""
 PADDING_PAYS = 0.3
 """Correlation within groups between being padded and being paid that is an alarm, if it is also SURE."""
 SURE = 3.0
