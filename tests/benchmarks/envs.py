@@ -3,7 +3,7 @@
 host_overhead_ms             one step of a remote episode, less the environment's own part of it; one call at a time
 host_overhead_ms_64_callers  the same with 64 episodes at once, per call
 episodes_per_s_<env>         whole episodes through run_episode, 32 at a time; oracle and tokenizer run on the same cores
-prompt_ms_long_context_32k   building one prompt of 32,768 tokens of the seed policy's tokenizer
+prompt_ms_long_context_32k   building one prompt of 32,768 tokens of the seed policy's tokenizer; also with 1,500 records
 resident_mib_empty, resident_mib_1000_episodes   of the host: before, and with 1,000 episodes of several turns under way
 resident_mib_after_wave_<n>  after they have all ended, three times over; memory is flat if the last two are alike
 threads_1000_episodes        of the host, with all of them under way
@@ -52,7 +52,10 @@ def bench() -> dict[str, list[float]]:
 
 async def measure() -> dict[str, list[float]]:
     chat = ChatML(SEED_MODEL)
-    figures: dict[str, list[float]] = {"prompt_ms_long_context_32k": prompt_ms()}
+    figures: dict[str, list[float]] = {
+        "prompt_ms_long_context_32k": prompt_ms(records=24),
+        "prompt_ms_long_context_32k_1500_records": prompt_ms(records=1500, key_words=3),
+    }
     host = start_host()
     await episodes(host, "math", chat, 64)  # warm
     for _ in range(REPETITIONS):
@@ -76,8 +79,8 @@ def start_host() -> Any:
     return remote.remote("auto", {}, memory_bytes=4 << 30, own_process=True)
 
 
-def prompt_ms() -> list[float]:
-    options = {"min_tokens": 32_768, "max_tokens": 32_768, "tokenizer": str(SEED_MODEL)}
+def prompt_ms(**knobs: int) -> list[float]:
+    options = {"min_tokens": 32_768, "max_tokens": 32_768, "tokenizer": str(SEED_MODEL), **knobs}
     env = CLASSES["long_context"](**options)
     found = []
     for task in islice(env.tasks("train", 1, options), 12):

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from environments.long_context import FILLER, KINDS, NONE, WORDS, LongContextEnv, token_counter
+from environments.long_context import FILLER, KINDS, NONE, WORDS, LongContextEnv, count_lines, token_counter
 from rl_core.types import Status, Task, Turn, Verdict
+
+SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
 
 
 def tasks(count: int, **options: Any) -> list[Task]:
@@ -152,6 +154,25 @@ def test_a_wrong_knob_is_refused_with_what_was_wanted(options: dict[str, Any], c
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
         token_counter(str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["seed", "words", ""])
+def test_many_lines_count_what_each_of_them_counts(folder: str, tokenizer_folder: Path) -> None:
+    """For a byte-level BPE, whose pieces add up, for a tokenizer in which a line break is nothing, and for the estimate."""
+    count = token_counter({"seed": str(SEED_MODEL), "words": str(tokenizer_folder), "": ""}[folder])
+    (task,) = tasks(1, min_tokens=32_768, max_tokens=32_768, records=1000, key_words=3, updates=3)
+    lines = [line for group in task.public["groups"] for line in group]
+    assert len(lines) > 1000
+    assert count_lines(lines, count) == sum(count(line + "\n") for line in lines)
+    assert count_lines(lines[:50], count) == sum(count(line + "\n") for line in lines[:50])
+
+
+def test_a_document_of_32k_tokens_has_that_length_by_the_policys_tokenizer() -> None:
+    for records, key_words in ((24, 1), (1000, 3)):
+        options = {"min_tokens": 32_768, "max_tokens": 32_768, "records": records, "key_words": key_words, "tokenizer": str(SEED_MODEL)}
+        (task,) = tasks(1, **options)
+        length = len(Tokenizer.from_file(str(SEED_MODEL / "tokenizer.json")).encode(prompt(task, **options), add_special_tokens=False).ids)
+        assert 32_768 - 32 <= length <= 32_768
 
 
 @pytest.mark.parametrize("kind", KINDS)
