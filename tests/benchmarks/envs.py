@@ -2,6 +2,7 @@
 
 host_overhead_ms             one step of a remote episode, less the environment's own part of it; one call at a time
 host_overhead_ms_64_callers  the same with 64 episodes at once, per call
+ray_call_ms                  what a call of any Ray actor takes, which is part of both
 episodes_per_s_<env>         whole episodes through run_episode, 32 at a time; oracle and tokenizer run on the same cores
 prompt_ms_long_context_32k   building one prompt of 32,768 tokens of the seed policy's tokenizer; also with 1,500 records
 resident_mib_empty, resident_mib_1000_episodes   of the host: before, and with 1,000 episodes of several turns under way
