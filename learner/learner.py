@@ -229,14 +229,18 @@ class Learner:
         dist.barrier()
         self.engine.save_checkpoint(str(folder), tag="optimizer", save_latest=False)
         torch.save({"rng": torch.get_rng_state(), "guard": self.guard.state()}, folder / f"rank-{self.rank}.pt")
-        with self._gathered():
-            if self.rank == 0:
-                self.model.save_pretrained(folder / "model", tokenizer_path)
+        self.save_model(folder / "model", tokenizer_path)
         dist.barrier()
         if self.rank == 0:
             checkpoint.commit(root, folder, self.version, self._layout())
         dist.barrier()
         return root / checkpoint.folder_name(self.version)
+
+    def save_model(self, folder: Path, tokenizer_path: str | Path | None = None) -> None:
+        """Write the weights alone, as a checkpoint folder for Transformers and vLLM. Every rank calls this; rank 0 writes."""
+        with self._gathered():
+            if self.rank == 0:
+                self.model.save_pretrained(folder, tokenizer_path)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint that `save` wrote: weights, optimizer, random state and version."""

@@ -85,7 +85,7 @@ def weights_before(config: RunConfig, source: Source, batches: Mapping[int, list
     *between, step = sorted(batches)
     if not between:
         return Path(config.model.path) if source.folder is None else source.folder / "model"
-    if config.learner.num_ranks > 1:
+    if config.learner.num_ranks > 1 and source.folder is not None:
         raise CannotReplay(
             f"step {step} is {len(between)} steps after the checkpoint of version {source.version}, whose optimizer state belongs to "
             f"{config.learner.num_ranks} ranks; replay step {source.version + 1}, or run with learner.checkpoint_every=1"
@@ -96,7 +96,7 @@ def weights_before(config: RunConfig, source: Source, batches: Mapping[int, list
     for version in between:
         learner.accumulate(batches[version])
         learner.apply(again=True)
-    learner.model.save_pretrained(out)
+    learner.save_model(out)
     return out
 
 
