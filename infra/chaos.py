@@ -46,8 +46,9 @@ ENGINE_AWAY_S = 15.0
 """How long it stays away: long enough for groups to break, and for the breaker to see them."""
 
 POLL_S = 0.5
-SETTLE_S = 60.0
-"""Longest wait for the processes of a killed driver to end by themselves."""
+SETTLE_S = 120.0
+"""Longest wait for the processes of a killed driver to end by themselves. Engines, actors and the raylet take seconds; Ray's two agents
+65 s, measured: they try that long to tell a head that is gone."""
 
 
 @dataclass(slots=True)
