@@ -136,7 +136,7 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
         if options.get("file"):
             return file_tasks(cls, options).task_at(split, seed, index)
         for attempt in range(10_000):
-            item_seed = _hash_int(cls.id, split, seed, index, attempt)
+            item_seed = hash_int(cls.id, split, seed, index, attempt)
             draft = cls.make_task(random.Random(item_seed), options)
             key = hashlib.sha256(json.dumps([cls.id, draft.public, draft.private], sort_keys=True).encode()).hexdigest()[:16]
             if (int(key, 16) % EVAL_BUCKETS == 0) == (split == "eval"):
@@ -197,8 +197,12 @@ def unguessable(rng: random.Random) -> int:
     return rng.randrange(10**17, 10**18)
 
 
-def _hash_int(*parts: Any) -> int:
+def hash_int(*parts: Any) -> int:
+    """64 bits of everything random, from what identifies it: the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
-__all__ = ["Message", "Observation", "Status", "Task", "TaskDraft", "TextEnv", "Turn", "Verdict", "as_honeypot", "to_gym", "unguessable"]
+__all__ = [
+    "Message", "Observation", "Status", "Task", "TaskDraft", "TextEnv", "Turn", "Verdict", "as_honeypot", "hash_int", "to_gym",
+    "unguessable",
+]  # fmt: skip

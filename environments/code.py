@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from environments import files
 from environments.base import TaskDraft, TextEnv, as_honeypot, unguessable
-from environments.code_pipelines import KINDS, Pipeline, Step, draw_inputs, draw_pipeline
+from environments.code_pipelines import KINDS, Pipeline, Step, draw_input, draw_inputs, draw_pipeline
 from environments.knobs import check_choices, check_range, read_knobs, shows_working
 from rl_core.seams import Observation
 from rl_core.types import Message, Status, Task, Turn, Verdict
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from environments.sandbox import SandboxResult
     from reward_models.code_cases import CaseScore
 
-KNOBS = {"kinds": list(KINDS), "num_steps": 3, "digits": 2, "cases": 8, **files.KNOBS}
+KNOBS = {"kinds": list(KINDS), "num_steps": 3, "digits": 2, "cases": 8, "fresh": 4, **files.KNOBS}
 MAX_PROGRAM_CHARS = 20_000
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
@@ -47,11 +47,12 @@ class CodeEnv(TextEnv):
     num_steps       steps of a pipeline [3]; 2 is easier, 8 is hard
     digits          digits of a step's constant [2]
     cases           hidden inputs per task [8]
+    fresh           further hidden inputs per rollout, drawn when its program is known [4]
     file, columns   tasks from a file instead: see environments/files.py
     """
 
     id: ClassVar[str] = "code"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_sandbox: ClassVar[bool] = True
 
     def __init__(self, **options: Any) -> None:
@@ -103,14 +104,23 @@ class CodeEnv(TextEnv):
 
     def act(self, turn: Turn) -> Verdict:
         assert self.task is not None
-        if turn.malformed:
-            return self._unusable(f"broken markup: {turn.malformed}")
         program = extract_program(turn.content)
-        if not program.strip():
-            return self._unusable("no program")
-        if len(program) > MAX_PROGRAM_CHARS or "\0" in program:
-            return self._unusable(f"a program of {len(program)} characters, or one with NUL bytes")
-        return self._grade(program, self.task.private["inputs"], self.task.private["expected"])
+        if reason := usable_program(turn, program):
+            return self._unusable(reason)
+        more, outputs = self._fresh_cases(program)
+        return self._grade(program, [*self.task.private["inputs"], *more], [*self.task.private["expected"], *outputs])
+
+    def _fresh_cases(self, program: str) -> tuple[list[Any], list[Any]]:
+        """(inputs, expected) beside the stored ones, where there is a reference that agrees with those: rows of files have none, and what a
+        honeypot expects is nobody's output."""
+        assert self.task is not None
+        if "prompt" in self.task.public:
+            return [], []
+        pipeline, private = pipeline_of(self.task), self.task.private
+        if [pipeline.compute(value) for value in private["inputs"]] != private["expected"]:
+            return [], []
+        inputs = fresh_inputs(self.task, pipeline, program, self.knobs["fresh"])
+        return inputs, [pipeline.compute(value) for value in inputs]
 
     def second_opinion(self, turns: Sequence[Turn]) -> bool | None:
         """The program is right on inputs that were not graded: one that knows the cases, or fakes their results, is not."""
@@ -182,13 +192,35 @@ def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
     check_range(CodeEnv.id, "num_steps", knobs["num_steps"], 2, 20)
     check_range(CodeEnv.id, "digits", knobs["digits"], 1, 4)
     check_range(CodeEnv.id, "cases", knobs["cases"], 4, 64)
+    check_range(CodeEnv.id, "fresh", knobs["fresh"], 0, 64)
     return knobs
+
+
+def fresh_inputs(task: Task, pipeline: Pipeline, program: str, count: int) -> list[Any]:
+    """Inputs that nobody could know before the program was written: drawn from the hash of the task's seed and the program itself.
+
+    A stored rollout so scores the same again, while what one attempt at a task may have learned about its inputs helps no other.
+    """
+    digest = hashlib.sha256(f"{task.key}/{task.seed}/{program}".encode("utf-8", "replace")).digest()
+    rng = random.Random(int.from_bytes(digest[:8], "big"))
+    return [draw_input(rng, pipeline) for _ in range(count)]
 
 
 def pipeline_of(task: Task) -> Pipeline:
     """The pipeline that a task is about, from its public part."""
     steps: Sequence[Sequence[Any]] = task.public["steps"]
     return Pipeline(kind=task.public["kind"], steps=tuple(Step(str(w), int(n)) for w, n in steps), order=tuple(task.public["order"]))
+
+
+def usable_program(turn: Turn, program: str) -> str:
+    """Why the program of a turn is not run at all; "" if it is."""
+    if turn.malformed:
+        return f"broken markup: {turn.malformed}"
+    if not program.strip():
+        return "no program"
+    if len(program) > MAX_PROGRAM_CHARS or "\0" in program:
+        return f"a program of {len(program)} characters, or one with NUL bytes"
+    return ""
 
 
 def extract_program(content: str) -> str:

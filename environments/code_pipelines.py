@@ -256,13 +256,14 @@ def draw_inputs(rng: random.Random, pipeline: Pipeline, count: int) -> list[Any]
     if not 4 <= count <= 64:
         raise ValueError(f"code: cases={count}, wanted 4 to 64")
     for _ in range(100):
-        inputs = [_draw_input(rng, pipeline) for _ in range(count)]
+        inputs = [draw_input(rng, pipeline) for _ in range(count)]
         if len({repr(pipeline.compute(value)) for value in inputs}) * 2 >= count:
             return inputs
     raise RuntimeError(f"code: 100 draws gave no telling inputs for {pipeline}")
 
 
-def _draw_input(rng: random.Random, pipeline: Pipeline) -> Any:
+def draw_input(rng: random.Random, pipeline: Pipeline) -> Any:
+    """One input of the kind that the pipeline takes."""
     largest = max(s.number for s in pipeline.steps)
     if pipeline.kind == "lists":
         # Wide enough that a filter keeps some items and drops others, wherever the steps before it have moved them.

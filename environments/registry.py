@@ -28,6 +28,7 @@ BUILT_INS = {
     "tools": "environments.tools:ToolsEnv",
     "instructions": "environments.instructions:InstructionsEnv",
     "structured": "environments.structured:StructuredEnv",
+    "humaneval": "environments.humaneval:HumanEvalEnv",
 }
 BRIDGES = {
     "gymnasium": "environments.bridges.gymnasium_in:GymnasiumEnv",

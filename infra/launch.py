@@ -365,8 +365,8 @@ def episode_spec(env: EnvironmentConfig, num_workers: int = 1) -> EpisodeSpec:
 
 
 def task_options(config: RunConfig, env: EnvironmentConfig) -> dict[str, Any]:
-    """The environment's knobs, and the tokenizer that prompts of a token length are measured with."""
-    return {"tokenizer": config.model.path, **env.options}
+    """The environment's knobs, the tokenizer that prompts of a token length are measured with, and where references run."""
+    return {"tokenizer": config.model.path, "sandbox": config.sandbox, **env.options}
 
 
 def explain(error: BaseException) -> str:

@@ -42,10 +42,12 @@ def check_environment(config: RunConfig, name: str) -> None:
     levels = {f"curriculum.levels[{i}]": level for i, level in enumerate(env.curriculum.levels)}
     for where, level in {"options": {}, **levels}.items():
         try:
-            options = {"tokenizer": config.model.path, **env.options, **level}
+            options = {"tokenizer": config.model.path, "sandbox": config.sandbox, **env.options, **level}
             next(env_class.tasks("train", config.seed, options))
             if options.get("file"):  # its rows say nothing about the other options
                 env_class(**options).close()
+        except SandboxUnavailable:
+            return  # a task whose reference is run: check_sandbox says what is missing, where the run is on this machine
         except ValueError as error:
             raise PreflightError(f"environments.{name}.{where}: {error}") from error
 

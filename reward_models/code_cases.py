@@ -9,6 +9,7 @@ compared as strictly as values (True is not 1, 1.0 is not 1), and anything odd i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -38,8 +39,11 @@ class CaseScore:
         return self.right / self.total if self.total else 0.0
 
 
-def grade_cases(stdout: bytes, expected: Sequence[Any], *, text: bool) -> CaseScore:
-    """`stdout` holds one JSON object per case: {"case", "state", "out"}. With `text`, outputs are compared as lines of text."""
+def grade_cases(stdout: bytes, expected: Sequence[Any], *, text: bool, tolerance: float | None = None) -> CaseScore:
+    """`stdout` holds one JSON object per case: {"case", "state", "out"}. With `text`, outputs are compared as lines of text.
+
+    With a `tolerance` (relative and absolute), 2 is 2.0 and floats may differ by that much; True is still no number.
+    """
     lines = stdout.split(b"\n", len(expected) + 1)
     failure = "" if lines[-1] == b"" and len(lines) == len(expected) + 1 else f"{len(lines) - 1} result lines for {len(expected)} cases"
     right, ran, timed_out = 0, False, False
@@ -51,7 +55,7 @@ def grade_cases(stdout: bytes, expected: Sequence[Any], *, text: bool) -> CaseSc
             continue
         ran = ran or state == "value"
         timed_out = timed_out or state == "timeout"
-        problem = _compare(out, wanted, text=text) if state == "value" else f"ended with {state}"
+        problem = _compare(out, wanted, text=text, tolerance=tolerance) if state == "value" else f"ended with {state}"
         right += not problem
         failure = failure or (f"case {case}: {problem}" if problem else "")
     # Lines beyond the cases, or a last one without its end, are a runner that was tampered with: no case counts.
@@ -71,14 +75,16 @@ def read_json(data: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_int, parse_float=_float)
 
 
-def same(got: Any, wanted: Any) -> bool:
-    """Equal in value and in type, all the way down."""
+def same(got: Any, wanted: Any, tolerance: float | None = None) -> bool:
+    """Equal in value and in type, all the way down; between numbers, a `tolerance` is as `grade_cases` says."""
+    if tolerance is not None and {type(got), type(wanted)} <= {int, float} and float in (type(got), type(wanted)):
+        return _close(got, wanted, tolerance)
     if type(got) is not type(wanted):
         return False
     if isinstance(wanted, list):
-        return len(got) == len(wanted) and all(same(g, w) for g, w in zip(got, wanted, strict=True))
+        return len(got) == len(wanted) and all(same(g, w, tolerance) for g, w in zip(got, wanted, strict=True))
     if isinstance(wanted, dict):
-        return got.keys() == wanted.keys() and all(same(got[k], wanted[k]) for k in wanted)
+        return got.keys() == wanted.keys() and all(same(got[k], wanted[k], tolerance) for k in wanted)
     return bool(got == wanted)
 
 
@@ -91,7 +97,14 @@ def _read_line(line: bytes, case: int) -> tuple[str, str]:
     return value["state"][:40], value["out"]
 
 
-def _compare(out: str, wanted: Any, *, text: bool) -> str:
+def _close(got: float, wanted: float, tolerance: float) -> bool:
+    try:
+        return math.isclose(got, wanted, rel_tol=tolerance, abs_tol=tolerance)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def _compare(out: str, wanted: Any, *, text: bool, tolerance: float | None) -> str:
     """What is wrong with an output, "" if nothing is."""
     if text:
         got_lines, wanted_lines = [[line.rstrip() for line in t.rstrip().split("\n")] for t in (out, str(wanted))]
@@ -100,7 +113,7 @@ def _compare(out: str, wanted: Any, *, text: bool) -> str:
         got = read_json(out)
     except ValueError as error:
         return f"returned no JSON value ({str(error)[:80]})"
-    return "" if same(got, wanted) else f"returned {out[:80]}"
+    return "" if same(got, wanted, tolerance) else f"returned {out[:80]}"
 
 
 def _check_depth(text: str) -> None:

@@ -23,6 +23,7 @@ from infra.cli import (
     runs,
     simulate,
     tools,
+    verifiers,
 )
 from infra.errors import UsageError
 from rl_core.config import ConfigError
@@ -49,6 +50,7 @@ for module in (
     rewards,
     models,
     tools,
+    verifiers,
 ):
     module.register(app)
 
