@@ -59,6 +59,8 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
     id: ClassVar[str]
     version: ClassVar[str] = "1"
     """Stored in every verdict; raise it when the same answer may score differently."""
+    components: ClassVar[tuple[str, ...]] = ()
+    """Names of the components that its verdicts have, so that a config that names another is refused at once; () if it does not say."""
     needs_sandbox: ClassVar[bool] = False
     """Its verifier runs programs that the policy wrote: no run starts where nothing can isolate them."""
     file_columns: ClassVar[Mapping[str, bool]] = {}

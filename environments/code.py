@@ -53,6 +53,7 @@ class CodeEnv(TextEnv):
 
     id: ClassVar[str] = "code"
     version: ClassVar[str] = "2"
+    components: ClassVar[tuple[str, ...]] = ("correct", "fraction", "ran")
     needs_sandbox: ClassVar[bool] = True
 
     def __init__(self, **options: Any) -> None:

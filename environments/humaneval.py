@@ -21,7 +21,6 @@ from reward_models.code_cases import grade_cases
 
 KNOBS: dict[str, Any] = {"ask": "Complete this function. Answer with the whole function in one Python block.\n\n```python\n{prompt}```"}
 """ask: how a problem is put to the policy; {prompt} stands for its signature and docstring."""
-COMPONENTS = ("correct", "fraction", "ran")
 
 
 class HumanEvalEnv(TextEnv):
@@ -29,6 +28,7 @@ class HumanEvalEnv(TextEnv):
 
     id: ClassVar[str] = "humaneval"
     version: ClassVar[str] = "1"
+    components: ClassVar[tuple[str, ...]] = ("correct", "fraction", "ran")
     needs_sandbox: ClassVar[bool] = True
 
     def __init__(self, **options: Any) -> None:
@@ -56,7 +56,7 @@ class HumanEvalEnv(TextEnv):
         assert self.task is not None
         answer = extract_program(turn.content)
         if reason := usable_program(turn, answer):
-            return self._verdict(Status.INVALID_OUTPUT, dict.fromkeys(COMPONENTS, 0.0), {"failure": reason})
+            return self._verdict(Status.INVALID_OUTPUT, dict.fromkeys(self.components, 0.0), {"failure": reason})
         # Imported here, as in the code environment.
         from environments.sandbox import SandboxJob, choose_sandbox
 

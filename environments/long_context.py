@@ -73,6 +73,7 @@ class LongContextEnv(TextEnv):
 
     id: ClassVar[str] = "long_context"
     version: ClassVar[str] = "1"
+    components: ClassVar[tuple[str, ...]] = ("correct", "fraction", "format")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -44,6 +44,7 @@ class MathEnv(TextEnv):
 
     id: ClassVar[str] = "math"
     version: ClassVar[str] = "2"
+    components: ClassVar[tuple[str, ...]] = ("correct", "format")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

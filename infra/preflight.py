@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from environments.registry import resolve
@@ -12,6 +13,7 @@ from environments.sandbox import SandboxUnavailable, choose_sandbox
 from environments.sandbox.choose import close_sandboxes
 from infra.errors import UsageError
 from rl_core.config import RunConfig
+from rl_core.rewards import DERIVED, unknown_component
 
 MIN_FREE_GIB = 1.0
 """A quickstart run writes some 50 MB, and Ray spills to the same disk; below this, runs die half-way in unclear ways."""
@@ -39,6 +41,8 @@ def check_environment(config: RunConfig, name: str) -> None:
     """It must exist, and draw a task with these options."""
     env = config.environments[name]
     env_class = resolve(env.id or name)
+    named = [key for key, reward in env.rewards.items() if reward.kind == "component"]
+    check_components(name, named, env_class.components)
     levels = {f"curriculum.levels[{i}]": level for i, level in enumerate(env.curriculum.levels)}
     for where, level in {"options": {}, **levels}.items():
         try:
@@ -50,6 +54,14 @@ def check_environment(config: RunConfig, name: str) -> None:
             return  # a task whose reference is run: check_sandbox says what is missing, where the run is on this machine
         except ValueError as error:
             raise PreflightError(f"environments.{name}.{where}: {error}") from error
+
+
+def check_components(name: str, named: Collection[str], components: Sequence[str]) -> None:
+    """Every component of the verdict that the reward is made of must be one that the environment says it has."""
+    known = (*components, *DERIVED)
+    for component in named if components else ():
+        if component not in known:
+            raise PreflightError(unknown_component(name, component, known))
 
 
 def check_sandbox(config: RunConfig, name: str) -> None:

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from reward_models.framing import count_markup
 from reward_models.length_control import LengthControl, length_control
+from rl_core.rewards import VERIFIED, Composer, RewardRule
 from rl_core.types import Group, Rollout, Status, Verdict
-
-VERIFIED = "verified"
-"""Name of the component that keeps the environment's own reward."""
 
 MAX_REASON_CHARS = 300
 
@@ -66,17 +64,26 @@ class Part:
     name: str
     component: Component
     role: Role = "weight"
-    """weight: adds weight x score. gate: multiplies the sum by the score. metric: is only stored."""
+    """What `rl_core.rewards` makes of the score; so also the next three."""
     weight: float = 1.0
+    at_least: float = 0.0
+    normalise: str = "none"
     needs_group: bool = False
     """Compares answers with each other: left out where a group has one rollout, as in evaluation."""
+
+    @property
+    def rule(self) -> RewardRule:
+        return RewardRule(name=self.name, role=self.role, weight=self.weight, at_least=self.at_least, normalise=self.normalise)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How an environment's reward is made: the environment's verdict, the learned parts, length control on top."""
+    """How an environment's reward is made: components of its verdict, the learned parts, length control on top."""
 
     parts: tuple[Part, ...] = ()
+    components: tuple[RewardRule, ...] = ()
+    """Of the environment's verdict. Where a group has one rollout, as in evaluation, the environment's own reward stands for them."""
+    composer: Composer = field(default_factory=Composer)
     verified_role: Role = "weight"
     verified_weight: float = 1.0
     length: LengthControl | None = None
@@ -84,6 +91,12 @@ class Recipe:
     """Bound on all components of one group."""
     count_tokens: Callable[[str], int] = len
     """Length of a thought or an answer, for length control."""
+
+    def rules(self, parts: Sequence[Part], *, alone: bool) -> list[RewardRule]:
+        """What each component does to the reward of a group, or of a rollout that is alone in its group."""
+        verified = RewardRule(name=VERIFIED, role=self.verified_role, weight=self.verified_weight)
+        own = [RewardRule(name=VERIFIED)] if alone and self.components else [verified, *self.components]
+        return [*own, *(p.rule for p in parts)]
 
 
 async def reward_group(group: Group, recipe: Recipe) -> Group:
@@ -94,10 +107,12 @@ async def reward_group(group: Group, recipe: Recipe) -> Group:
     by_rollout: dict[int, dict[str, float | Failure]] = {
         i: {p.name: column[place] for p, column in zip(parts, scores, strict=True)} for place, i in enumerate(asked)
     }
-    verdicts = [
-        _combined(r.verdict, by_rollout.get(i, {p.name: 0.0 for p in parts}), parts, recipe, asked.get(i))
-        for i, r in enumerate(group.rollouts)
+    scored = [
+        _scored(r.verdict, by_rollout.get(i, {p.name: 0.0 for p in parts}), parts, asked.get(i)) for i, r in enumerate(group.rollouts)
     ]
+    complete = replace(group, rollouts=tuple(replace(r, verdict=v) for r, v in zip(group.rollouts, scored, strict=True)))
+    composed = recipe.composer.compose(complete, recipe.rules(parts, alone=len(group.rollouts) == 1))
+    verdicts = [r.verdict for r in composed.rollouts]
     if recipe.length is not None and len(group.rollouts) > 1:
         verdicts = _shortened(group.rollouts, verdicts, recipe, recipe.length)
     return replace(group, rollouts=tuple(replace(r, verdict=v) for r, v in zip(group.rollouts, verdicts, strict=True)))
@@ -124,10 +139,8 @@ async def _ask(part: Part, answers: Sequence[Answer], seconds: float) -> Scores:
     return scores
 
 
-def _combined(
-    verdict: Verdict, scores: Mapping[str, float | Failure], parts: Sequence[Part], recipe: Recipe, answer: Answer | None
-) -> Verdict:
-    """The environment's verdict and the parts' scores as one."""
+def _scored(verdict: Verdict, scores: Mapping[str, float | Failure], parts: Sequence[Part], answer: Answer | None) -> Verdict:
+    """The environment's verdict with the parts' scores among its components; a verifier error where one that counts is missing."""
     if verdict.reward is None:
         return verdict
     evidence = dict(verdict.evidence)
@@ -143,22 +156,7 @@ def _combined(
         return replace(
             verdict, status=Status.VERIFIER_ERROR, reward=None, components=components, evidence=evidence, verifier_version=version
         )
-    terms = [(recipe.verified_role, recipe.verified_weight, verdict.reward)]
-    terms += [(p.role, p.weight, values.get(p.name, 0.0)) for p in parts]
-    return replace(verdict, reward=combine(terms), components=components, evidence=evidence, verifier_version=version)
-
-
-def combine(terms: Sequence[tuple[Role, float, float]]) -> float:
-    """(role, weight, score) of every term -> reward: the sum of the weighted scores, times every gate.
-
-    With gates alone, their product.
-    """
-    sums = [weight * score for role, weight, score in terms if role == "weight"]
-    total = sum(sums) if sums else 1.0
-    for role, _, score in terms:
-        if role == "gate":
-            total *= score
-    return total
+    return replace(verdict, components=components, evidence=evidence, verifier_version=version)
 
 
 def _shortened(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], recipe: Recipe, control: LengthControl) -> list[Verdict]:

@@ -47,13 +47,17 @@ class CurriculumConfig:
 
 @dataclass
 class RewardConfig:
-    """One component of an environment's reward beside its own verdict. The key in `rewards` is the component's name."""
+    """One component of an environment's reward. The key in `rewards` is the component's name."""
 
-    kind: str = ""
-    """classifier (a reward model), judge (grades answers), pairwise (compares them, GenRM), length (group-relative length control),
-    or verified (the environment's own verdict, to give it another role or weight)."""
+    kind: str = "component"
+    """component (one of the environment's verdict, or tokens, or turns), classifier (a reward model), judge (grades answers), pairwise
+    (compares them, GenRM), length (group-relative length control), or verified (the environment's own verdict, to give it another role or weight)."""
     role: str = "weight"
     """weight (adds weight x score), gate (multiplies the sum by the score), metric (is only stored)."""
+    at_least: float = 0.0
+    """gate: the score from which on everything is earned, and below which nothing is; 0 multiplies by the score itself."""
+    normalise: str = "none"
+    """weight: none, group (z-score over the task's rollouts) or running (over the environment's rollouts so far)."""
     weight: float = 1.0
     """Weight in the sum; of length control, its coefficient for thoughts and for answers."""
     bonus: float = 0.0
@@ -111,7 +115,8 @@ class EnvironmentConfig:
     """Passed to the environment's task source and constructor: difficulty knobs."""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
-    """Learned components of the reward, by name; none: the environment's verdict alone."""
+    """Components of the reward, by name; none: the environment's verdict alone. Where a component of the verdict is named, what is named
+    makes the reward; otherwise the environment's own reward counts as well, with weight 1."""
 
 
 @dataclass
@@ -429,6 +434,12 @@ def validate(config: RunConfig) -> None:
                 f"{at}max_total_tokens is {env.max_total_tokens}, more than rollout.max_model_len={rollout.max_model_len}; "
                 f"raise the latter or lower the former"
             )
+        if (
+            env.rewards
+            and all(r.role == "metric" for r in env.rewards.values())
+            and any(r.kind == "component" for r in env.rewards.values())
+        ):
+            raise ConfigError(f"{at}rewards has metrics only, so that every rollout would earn the same; name one such as correct: {{}}")
         for reward_name, reward in env.rewards.items():
             _check_reward(f"{at}rewards.{reward_name}.", reward)
     if not Path(c.model.path, "config.json").is_file():
@@ -438,13 +449,18 @@ def validate(config: RunConfig) -> None:
         )
 
 
-REWARD_KINDS = ("classifier", "judge", "pairwise", "length", "verified")
+REWARD_KINDS = ("classifier", "judge", "pairwise", "length", "verified", "component")
 
 
 def _check_reward(at: str, reward: RewardConfig) -> None:
     """Raise ConfigError for the first value of one reward component that is out of range."""
     _one_of(at + "kind", reward.kind, REWARD_KINDS)
     _one_of(at + "role", reward.role, ("weight", "gate", "metric"))
+    _one_of(at + "normalise", reward.normalise, ("none", "group", "running"))
+    if reward.normalise != "none" and (reward.role != "weight" or reward.kind in ("length", "verified")):
+        raise ConfigError(f"{at}normalise is {reward.normalise!r}, which means something for components and models of the role weight only")
+    if reward.at_least != 0.0 and reward.role != "gate":
+        raise ConfigError(f"{at}at_least is {reward.at_least}, but only the role gate has a limit to pass; leave it out")
     _at_least(at + "retries", reward.retries, 0)
     _at_least(at + "opponents", reward.opponents, 1)
     _above(at + "timeout_s", reward.timeout_s, 0)
@@ -454,6 +470,8 @@ def _check_reward(at: str, reward: RewardConfig) -> None:
         )
     if reward.kind in REWARD_KINDS[:3] and not reward.url and not Path(reward.model, "config.json").is_file():
         raise ConfigError(f"{at}model: no checkpoint in {reward.model!r} (config.json is missing); for an endpoint give its url, too")
+    if reward.kind == "component" and (reward.model or reward.url):
+        raise ConfigError(f"{at}kind is component, which takes no model and no url; for a model say kind: classifier, judge or pairwise")
     if reward.kind == "length" and reward.role != "weight":
         raise ConfigError(f"{at}role is {reward.role!r}: length control is added to the reward; leave out the role, or set weight=0")
 

@@ -90,6 +90,9 @@ def group_figures(groups: Sequence[GroupResult], seconds: float) -> dict[str, fl
     if rewards:
         figures["reward"] = sum(rewards) / len(rewards)
         figures["pass_rate"] = sum(r >= 1.0 for r in rewards) / len(rewards)
+    for name in {name for g in groups for name in g.components}:
+        values = [g.components[name] for g in groups if name in g.components]
+        figures[f"component/{name}"] = sum(values) / len(values)
     if drafted:
         figures["mtp_acceptance"] = sum(g.accepted for g in groups) / drafted
     if steps:

@@ -7,7 +7,7 @@ unit test).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -82,6 +82,7 @@ class GroupResult:
     min_version: int | None
     max_version: int | None
     rewards: tuple[float, ...]  # of the trainable rollouts
+    components: Mapping[str, float]  # mean over the trainable rollouts that have it, unweighted
     statuses: tuple[str, ...]  # of all rollouts
     sampled_tokens: int
     prompt_tokens: int
@@ -119,6 +120,7 @@ class GroupResult:
             min_version=group.min_version,
             max_version=group.max_version,
             rewards=tuple(float(r.verdict.reward) for r in group.trainable if r.verdict.reward is not None),
+            components=mean_components(group),
             statuses=tuple(r.verdict.status.value for r in group.rollouts),
             sampled_tokens=sum(r.num_sampled for r in group.rollouts),
             prompt_tokens=sum(r.num_prompt for r in group.rollouts),
@@ -140,6 +142,15 @@ class GroupResult:
 def first_evidence(verdict: Verdict) -> str:
     """What a verdict says of itself, in one line."""
     return next((" ".join(text.split())[:MAX_FAILURE] for text in verdict.evidence.values() if text.strip()), "")
+
+
+def mean_components(group: Group) -> dict[str, float]:
+    """Each named component's mean over the trainable rollouts that have it."""
+    values: dict[str, list[float]] = {}
+    for rollout in group.trainable:
+        for name, value in rollout.verdict.components.items():
+            values.setdefault(name, []).append(float(value))
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 class RolloutWorkers(Protocol):

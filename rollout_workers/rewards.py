@@ -26,6 +26,7 @@ from reward_models.length_control import LengthControl
 from rl_core.chat import chat_format
 from rl_core.config import EnvironmentConfig, RewardConfig, RunConfig
 from rl_core.process_env import cpu_environment
+from rl_core.rewards import RewardRule
 from rl_core.types import Message
 from rollout_workers.engine import Engine
 
@@ -176,20 +177,29 @@ def recipes(environments: Mapping[str, EnvironmentConfig], actors: RewardActors,
 
 
 def recipe(env: EnvironmentConfig, actors: RewardActors, count_tokens: Callable[[str], int]) -> Recipe:
-    parts = []
+    parts, components = [], []
     verified, length = RewardConfig(kind="verified"), None
+    if any(reward.kind == "component" for reward in env.rewards.values()):
+        verified = RewardConfig(kind="verified", role="metric")  # what is named makes the reward
     for name, reward in env.rewards.items():
-        if reward.kind == "verified":
+        if reward.kind == "component":
+            components.append(
+                RewardRule(name=name, role=reward.role, weight=reward.weight, at_least=reward.at_least, normalise=reward.normalise)
+            )
+        elif reward.kind == "verified":
             verified = reward
         elif reward.kind == "length":
             length = LengthControl(think=reward.weight, answer=reward.weight, bonus_think=reward.bonus, bonus_answer=reward.bonus)
         else:
             needs_group = reward.kind == "pairwise"
             component = _component(reward, actors)
-            parts.append(Part(name=name, component=component, role=reward.role, weight=reward.weight, needs_group=needs_group))  # type: ignore[arg-type]
+            parts.append(Part(
+                name=name, component=component, role=reward.role, weight=reward.weight, at_least=reward.at_least,  # type: ignore[arg-type]
+                normalise=reward.normalise, needs_group=needs_group,
+            ))  # fmt: skip
     return Recipe(
-        parts=tuple(parts), verified_role=verified.role, verified_weight=verified.weight, length=length, timeout_s=env.timeout_s,  # type: ignore[arg-type]
-        count_tokens=count_tokens,
+        parts=tuple(parts), components=tuple(components), verified_role=verified.role, verified_weight=verified.weight,  # type: ignore[arg-type]
+        length=length, timeout_s=env.timeout_s, count_tokens=count_tokens,
     )  # fmt: skip
 
 

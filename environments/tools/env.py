@@ -45,6 +45,7 @@ class ToolsEnv(TextEnv):
 
     id: ClassVar[str] = "tools"
     version: ClassVar[str] = "1"
+    components: ClassVar[tuple[str, ...]] = ("correct", "state", "answer")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

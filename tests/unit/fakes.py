@@ -23,7 +23,7 @@ def group_result(**changes: Any) -> GroupResult:
     values: dict[str, Any] = {
         "ref": None, "group_id": "g0", "env": "math", "task_key": "k", "num_trainable": 4, "has_signal": True, "min_version": 0,
         "max_version": 0, "rewards": (0.0, 1.0, 0.0, 1.0), "statuses": ("ok",) * 4, "sampled_tokens": 40, "prompt_tokens": 40,
-        "drafted": 40, "accepted": 20, "engine_steps": 20, "seconds": 1.0,
+        "drafted": 40, "accepted": 20, "engine_steps": 20, "seconds": 1.0, "components": {"correct": 0.5},
     }  # fmt: skip
     return GroupResult(**(values | changes))
 

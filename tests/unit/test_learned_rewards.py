@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from reward_models.learned import VERIFIED, Answer, Failure, Part, Recipe, Scores, answer_of, combine, reward_group
+from reward_models.learned import VERIFIED, Answer, Failure, Part, Recipe, Scores, answer_of, reward_group
 from reward_models.length_control import LengthControl
 from rl_core.types import Group, Message, Status, Turn, Verdict
 from tests.unit.stored_runs import group
@@ -96,11 +96,6 @@ def test_length_control_comes_last_and_no_answer_falls_below_an_invalid_one() ->
     verdicts = rewarded(texts, Part(name="rm", component=Fixed(0.1, 0.1)), length=LengthControl(answer=1.0))
     assert [v.reward for v in verdicts] == [0.6, pytest.approx(0.6), 0.0]
     assert [v.components["length"] for v in verdicts] == [0.5, -0.5, -0.5]
-
-
-def test_gates_multiply_the_sum_and_gates_alone_multiply_each_other() -> None:
-    assert combine([("gate", 1.0, 0.5), ("weight", 2.0, 0.5), ("weight", 1.0, 1.0), ("metric", 1.0, 9.0)]) == 1.0
-    assert combine([("gate", 1.0, 0.5), ("gate", 1.0, 0.5)]) == 0.25
 
 
 def test_the_question_is_all_that_stands_before_the_last_turn() -> None:

@@ -77,7 +77,7 @@ def test_calibration_pairs_of_your_own_decide_whom_to_believe(tmp_path: Path, mo
     ("rewards", "sentence"),
     [
         ({"x": {"kind": "jugde", "model": "m"}}, r"rewards\.x\.kind is 'jugde'.*did you mean judge"),
-        ({"x": {}}, r"rewards\.x\.kind is ''"),
+        ({"x": {"model": "m"}}, r"rewards\.x\.kind is component, which takes no model"),
         ({"x": {"kind": "judge"}}, r"rewards\.x\.model is empty"),
         ({"x": {"kind": "classifier", "model": "nowhere"}}, r"no checkpoint in 'nowhere'"),
         ({"x": {"kind": "judge", "model": "name"}}, r"for an endpoint give its url"),
