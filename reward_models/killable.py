@@ -44,7 +44,7 @@ class KillableService:
     """Starts its server at the first call, and again when it died."""
 
     def __init__(
-        self, module: str, *, width: int = 2, cpu_s: float = 2.0, wall_s: float = 20.0, memory_mb: int = 1024, queue_s: float = 120.0
+        self, module: str, *, width: int = 2, cpu_s: float = 2.0, wall_s: float = 30.0, memory_mb: int = 1024, queue_s: float = 120.0
     ) -> None:
         self.cpu_s, self.wall_s, self.queue_s = cpu_s, wall_s, queue_s
         self._arguments = [module, str(width), str(cpu_s), str(wall_s), str(memory_mb)]

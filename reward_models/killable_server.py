@@ -6,7 +6,7 @@
     stdout  {"id": 7, "state": "done", "value": ..., "cpu_s": 0.01}     states: done, failed, late, stalled
 
 The server imports MODULE once, warms it up, and forks: a child starts in milliseconds and leaves nothing behind. It never
-handles a value itself, so no input can hold it. Calls that have run for PATIENCE_S go on at the lowest priority in
+handles a value itself, so no input can hold it. Calls that have run for PATIENCE_S go on at a low priority in
 places of their own, so that cheap calls keep their turn while expensive ones come in.
 """
 
@@ -30,7 +30,9 @@ from typing import Any
 PATIENCE_S = 0.25
 SLOW_WIDTH = 8
 """Expensive calls under way beside the WIDTH cheap ones."""
-GUILTY_SHARE = 0.25
+SLOW_NICENESS = 10
+"""Low enough that cheap calls come first, high enough that an expensive one still moves on a busy machine."""
+GUILTY_SHARE = 0.15
 """Share of its processor time that a call must have had for its lateness to be its own fault and not the machine's."""
 MAX_REPLY_BYTES = 65_536
 TICK_S = 1.0
@@ -157,7 +159,7 @@ class Server:
                 os.kill(call.pid, signal.SIGKILL)  # its pipe ends, and hear() does the rest
             elif not call.slow and now - call.started >= PATIENCE_S and slow < SLOW_WIDTH:
                 call.slow, slow = True, slow + 1
-                os.setpriority(os.PRIO_PROCESS, call.pid, 19)
+                os.setpriority(os.PRIO_PROCESS, call.pid, SLOW_NICENESS)
 
     def finish(self, call: Call, *, flooded: bool) -> None:
         """Reap the child and pass its reply on."""

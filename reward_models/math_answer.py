@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from reward_models import killable
-from reward_models.math_exact import Number, read_number, same_unit
+from reward_models.math_exact import Number, read_number, same_unit, without_unit
 from reward_models.math_extract import extract, tidy
 from reward_models.math_forms import MAX_ITEMS, SCALARS, Parts, Shape, refuse, shape_of, spell, strip_name, take_apart
 from rl_core.seams import BadTask
@@ -119,6 +119,8 @@ def check_answer(text: str, gold: str | AnswerSpec) -> AnswerCheck:
         name, value = strip_name(answer)
         if name and wanted.name and name != wanted.name:
             return AnswerCheck(correct=False, extracted=answer, readable=False, reason=f"a value of {name}, wanted one of {wanted.name}")
+    if wanted.shape is Shape.EXPRESSION and wanted.unit:
+        value = without_unit(value, wanted.unit)
     parts = take_apart(value, wanted.shape)
     if parts is None:
         return AnswerCheck(correct=False, extracted=answer, readable=False, reason=f"not of the shape {wanted.shape.value}")

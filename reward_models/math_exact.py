@@ -66,6 +66,13 @@ def same_unit(got: str, wanted: str) -> bool:
     return got in ("", wanted) or got.removesuffix("s") == wanted.removesuffix("s") != ""
 
 
+def without_unit(text: str, unit: str) -> str:
+    r"""`5\sqrt{2} \text{ cm}` without its unit, if it is this one."""
+    plain = re.sub(r"\\(?:text|mathrm|textrm)\s*\{([^{}]*)\}", r" \1", text)
+    end = {"%": "\\%", "deg": "^{\\circ}"}.get(unit, unit)
+    return plain.removesuffix(end).rstrip() if plain.endswith(end) else text
+
+
 def _split_unit(text: str) -> tuple[str, str]:
     r"""("12", "cm^2") of "12\text{ cm}^2"; the unit is "" where there is none."""
     if currency := _CURRENCY.match(text):

@@ -30,7 +30,7 @@ _REWRITES = tuple(
     for pattern, replacement in (
         (r"\\(?:left|right|displaystyle|mathstrut|bigl?|bigr?|Bigl?|Bigr?)(?![A-Za-z])", ""),
         (r"(?<=[0-9])\\,(?=[0-9]{3})", ","),
-        (r"\\[,!;: ]|\\q?quad(?![A-Za-z])", " "),
+        (r"(?<!\\)\\[,!;: ]|\\q?quad(?![A-Za-z])", " "),
         (r"\\[dt]frac(?![A-Za-z])", r"\\frac"),
         (r"\\leqs?lant(?![A-Za-z])|\\leq(?![A-Za-z])", r"\\le"),
         (r"\\geqs?lant(?![A-Za-z])|\\geq(?![A-Za-z])", r"\\ge"),

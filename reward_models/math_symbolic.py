@@ -67,6 +67,8 @@ def read(text: str) -> Basic | None:
     """`text` as sympy's tree of it, not evaluated; None if it is not one formula."""
     found = parse(f"\\boxed{{{text}}}", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)
     tree = found[0] if len(found) == 1 else None
+    if isinstance(tree, sympy.MatrixBase):
+        tree = sympy.ImmutableMatrix(tree)
     return tree if isinstance(tree, Basic) and not tree.has(sympy.nan, sympy.zoo) else None
 
 

@@ -51,7 +51,8 @@ class RewardConfig:
 
     kind: str = "component"
     """component (one of the environment's verdict, or tokens, or turns), classifier (a reward model), judge (grades answers), pairwise
-    (compares them, GenRM), length (group-relative length control), or verified (the environment's own verdict, to give it another role or weight)."""
+    (compares them, GenRM), length (group-relative length control), or verified (the environment's own verdict, to give it another
+    role or weight)."""
     role: str = "weight"
     """weight (adds weight x score), gate (multiplies the sum by the score), metric (is only stored)."""
     at_least: float = 0.0

@@ -128,6 +128,15 @@ def test_an_episode_of_a_broken_environment_is_masked_and_not_a_zero(running: Ru
     assert all(r.id.endswith("r1") for r in ray.get(result.ref).rollouts), "each is tried twice"
 
 
+def test_a_gold_that_nobody_can_read_ends_as_a_verifier_error_without_a_token(running: Running) -> None:
+    """Through the host's actor, whose symbolic tier starts a process of its own."""
+    (task,) = tasks("math", 1)
+    unreadable = replace(task, private={"answer": "\\frac{1}{"})
+    result = running.run(running.pool.run_group("unreadable", unreadable, running.spec("math")))
+    assert set(result.statuses) == {Status.VERIFIER_ERROR.value}
+    assert (result.rewards, result.sampled_tokens) == ((), 0)
+
+
 def test_a_host_whose_interpreter_hangs_is_killed_and_serves_again(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
