@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import resource
+import time
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 MAX_TASKS = 1024
 """Processes and threads of one host and all that it starts. A host of a busy run has some 200."""
 MAX_CHILDREN = 256
+KILL_ROUNDS = 50
 
 V2, V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")
 PREFIX = "polyrl-host-"
@@ -52,15 +54,30 @@ class Confinement:
         return f"its environments have started {children} processes" if children > MAX_CHILDREN else ""
 
     def kill_others(self) -> None:
-        """Everything that this process has started."""
-        me = os.getpid()
-        pids = {child.pid for child in psutil.Process().children(recursive=True)}
+        """Everything that this process has started. A thread of it may be starting more meanwhile: the kernel is told to refuse
+        that first, and where it cannot be told, a few rounds win most races."""
+        if self._group is not None:
+            with contextlib.suppress(OSError):
+                (self._group / "pids.max").write_text("0")
+        elif os.getuid() != 0:
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+        for _ in range(KILL_ROUNDS):
+            others = self._others()
+            if not others:
+                return
+            for pid in others:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, 9)
+            time.sleep(0.02)
+
+    def _others(self) -> set[int]:
+        """Processes that this one has started, or that are in its group, and are not dead."""
+        me = psutil.Process()
+        pids = {child.pid for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE}
         if self._group is not None:
             with contextlib.suppress(OSError):
                 pids |= {int(pid) for pid in (self._group / "cgroup.procs").read_text().split()}
-        for pid in pids - {me}:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, 9)
+        return pids - {me.pid}
 
 
 def join_group() -> Path:

@@ -140,8 +140,9 @@ class GroupResult:
 
 
 def first_evidence(verdict: Verdict) -> str:
-    """What a verdict says of itself, in one line."""
-    return next((" ".join(text.split())[:MAX_FAILURE] for text in verdict.evidence.values() if text.strip()), "")
+    """What a verdict says of itself, in one line; of a long one the beginning and, since causes stand there, more of the end."""
+    text = next((" ".join(text.split()) for text in verdict.evidence.values() if text.strip()), "")
+    return text if len(text) <= MAX_FAILURE else f"{text[: MAX_FAILURE // 4]} ... {text[-3 * MAX_FAILURE // 4 :]}"
 
 
 def mean_components(group: Group) -> dict[str, float]:

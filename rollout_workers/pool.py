@@ -38,6 +38,7 @@ START_TIMEOUT_S = 600.0
 """An engine of a large model loads for minutes; a small one on a busy laptop for one."""
 PUBLISH_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
+HOST_END_S = 5.0
 
 MAX_RESTARTS = 5
 """Restarts of one worker within a run, after which its death is the run's."""
@@ -158,6 +159,12 @@ class Pool:
             for stop in late:
                 stop.cancel()
             await asyncio.gather(*stops, return_exceptions=True)  # a dead worker's engine has ended with it
+        ends = [asyncio.ensure_future(as_future(host.end.remote())) for host in self._hosts.all]
+        if ends:  # a host that hangs cannot answer; what it has left is swept away by the next host that starts on its machine
+            _, late = await asyncio.wait(ends, timeout=HOST_END_S)
+            for end in late:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
         for actor in [*actors, *self._hosts.all]:
             ray.kill(actor)
         for place in self._places:
