@@ -161,7 +161,8 @@ class PlannedRun:
         sampled = together(parts)
         return GroupResult(
             ref=sampled, group_id=group_id, env=task.env, task_key=task.key, num_trainable=env.group_size,
-            has_signal=self.rng.random() < env.signal, min_version=min(sampled), max_version=max(sampled), rewards=(0.0, 1.0),
+            has_signal=self.rng.random() < env.signal, min_version=min(sampled), max_version=max(sampled),
+            rewards=(0.0, 1.0), components={},
             statuses=("ok",) * env.group_size, sampled_tokens=round(sum(sampled.values())), prompt_tokens=0, drafted=0, accepted=0,
             engine_steps=0, seconds=0.0,
         )  # fmt: skip

@@ -139,7 +139,7 @@ class Workers:
         return GroupResult(
             ref=int(group_id[1:]) % PAYLOADS, group_id=group_id, env=task.env, task_key=task.key, num_trainable=8, has_signal=True,
             min_version=version, max_version=self._version, rewards=(0.0, 1.0) * 4, statuses=("ok",) * 8, sampled_tokens=4096,
-            prompt_tokens=1024, drafted=4096, accepted=2048, engine_steps=2048, seconds=1.0,
+            prompt_tokens=1024, drafted=4096, accepted=2048, engine_steps=2048, components={"correct": 0.5}, seconds=1.0,
         )  # fmt: skip
 
     async def load_weights(self, version: int, weights: Ref) -> Sequence[Receipt]:
