@@ -20,6 +20,7 @@ from jsonschema import Draft202012Validator
 
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict, as_honeypot, unguessable
 from environments.knobs import check_choices, check_range, read_knobs, shows_working
+from reward_models.code_cases import read_json, same
 
 STYLES = ("brief", "full")
 TYPES = ("int", "str", "bool", "enum", "strings", "ints", "object")
@@ -28,7 +29,6 @@ KNOBS: dict[str, Any] = {
     "computed": 0, "style": "brief",
 }  # fmt: skip
 MAX_CHARS = 65_536
-MAX_DEPTH = 32
 
 _FIELDS = (
     "age area city code color cost day depth door floor grade group height hour item kind label level limit mark month name number owner "
@@ -268,40 +268,4 @@ def read_answer(turn: Turn) -> Any:
         raise ValueError(f"an answer of {len(text)} characters, wanted at most {MAX_CHARS}")
     if fenced := _FENCE.match(text):
         text = fenced[1]
-    if max_depth(text) > MAX_DEPTH:
-        raise ValueError(f"brackets nested more than {MAX_DEPTH} deep")
-    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-
-
-def max_depth(text: str) -> int:
-    """Of brackets; those within strings count too, which only makes it larger."""
-    deepest = depth = 0
-    for c in text:
-        if c in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif c in "]}":
-            depth -= 1
-    return deepest
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal in type and value: 1, 1.0 and true are three things."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key that stands twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    return read_json(text)

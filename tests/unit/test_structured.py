@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from environments.structured import COMPUTED, StructuredEnv, max_depth, sentence, signature
+from environments.structured import COMPUTED, StructuredEnv, sentence, signature
 from rl_core.types import Status, Task, Turn, Verdict
 
 RICH: dict[str, Any] = {
@@ -121,7 +121,6 @@ def test_keys_twice_and_numbers_that_are_none_are_no_json() -> None:
 
 def test_what_is_spelled_is_what_is_meant() -> None:
     assert sentence("order.city now=Oslo") == "The city of the order is now Oslo."
-    assert max_depth('{"a": [1, {"b": 2}]}') == 3
     schema = tasks(1, types=["enum"], min_fields=2, max_fields=2)[0].public["schema"]
     assert signature(schema).startswith("{")
 
