@@ -239,12 +239,12 @@ class Pool:
 
     async def _least_busy(self) -> Place:
         """Of the workers that are up; starts one again if there is none."""
-        if not any(p.up for p in self._places):
+        while not (up := [p for p in self._places if p.up]):
             place = self._places[0]
             async with place.control:
                 if not place.up:
                     await self._restart(place, EngineError(f"worker {place.name} is gone"))
-        return min((p for p in self._places if p.up), key=lambda p: len(p.groups))
+        return min(up, key=lambda p: len(p.groups))
 
     async def _restart(self, place: Place, death: BaseException) -> Any:
         place.up = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,8 @@ from reward_models.chat_models import EngineChat
 from reward_models.judges import Asking, Judge
 from reward_models.learned import Answer, Failure
 from rl_core.config import RolloutConfig
-from rl_core.types import Completion, Message, SamplingParams, Turn
+from rl_core.drafts import joined
+from rl_core.types import CUT_OFF, Completion, Message, SamplingParams, Turn
 from rollout_workers.engine import PROBE_TOKENS, PROBES, Engine, EngineError, engine_arguments
 from tests.integration.tiny_hybrid import make_tiny_hybrid
 
@@ -259,6 +261,39 @@ def test_new_weights_arrive_in_flight_whole_and_the_sequences_go_on(served: Serv
         assert np.abs(of_sampled(distribution(after, c, 1.0), c) - c.logprobs).max() < 1e-3
         assert np.abs(of_sampled(distribution(before, c, 1.0), c) - c.logprobs).mean() > 0.01, "the change is too small to be seen"
     served.load(checkpoint(served))
+
+
+def test_what_is_shown_of_sequences_under_way_is_how_they_end(served: Served) -> None:
+    """Looked at while they are sampled, and while an update comes in between: ids, logprobs and versions, piece by piece."""
+    names, blob = [f"way-{i}" for i in range(8)], checkpoint(served)
+    seen = dict.fromkeys(names, 0)
+    shown: dict[str, list[Completion]] = {name: [] for name in names}
+    served.version += 1
+
+    async def watched() -> list[Completion]:
+        asked = SamplingParams(max_tokens=200)
+        work = [asyncio.create_task(served.engine.sample(p, asked, request_id=n)) for n, p in zip(names, prompts(8, seed=9), strict=True)]
+        update = asyncio.create_task(served.engine.load_weights(served.version, blob))
+        while not all(w.done() for w in work):
+            await asyncio.sleep(0.002)
+            for name, part in served.engine.under_way(seen).items():
+                seen[name] += len(part.token_ids)
+                shown[name] += [part] if len(part.token_ids) else []
+        await update
+        return await asyncio.gather(*work)
+
+    done = served.run(watched())
+    assert served.engine.under_way(dict.fromkeys(names, 0)) == {}
+    assert max(map(len, shown.values())) > 3, "no sequence was looked at several times"
+    for end, parts in zip(done, shown.values(), strict=True):
+        if parts:
+            whole = reduce(joined, parts)
+            count = len(whole.token_ids)
+            assert whole.finish_reason == CUT_OFF
+            assert whole.prompt_ids.tolist() == end.prompt_ids.tolist()
+            assert whole.token_ids.tolist() == end.token_ids[:count].tolist()
+            assert whole.logprobs.tolist() == end.logprobs[:count].tolist()
+            assert whole.versions.tolist() == end.versions[:count].tolist()
 
 
 def test_new_draft_weights_arrive_too(served: Served) -> None:
