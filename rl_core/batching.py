@@ -64,8 +64,9 @@ class Unit:
 
 def trainable_length(trajectory: Trajectory) -> int:
     """Positions up to and with the last trained token; 0 if there is none."""
-    trained = np.flatnonzero(trained_mask(trajectory))
-    return int(trained[-1]) + 1 if len(trained) else 0
+    mask = trajectory.loss_mask
+    last = len(mask) - 1 - int(mask[::-1].argmax()) if len(mask) else 0  # argmax finds the first True, or 0
+    return last + 1 if last > 0 and mask[last] else 0
 
 
 def trained_mask(trajectory: Trajectory) -> NDArray[np.bool_]:
@@ -116,11 +117,13 @@ def microbatches(
 
 def _units(trajectories: Sequence[Trajectory], lengths: Sequence[int], max_tokens: int, share_prefixes: bool) -> list[Unit]:
     """Every row that trains, in exactly one unit."""
+    if not share_prefixes:
+        return [Unit((i,), 0, length) for i, length in enumerate(lengths) if length]
     by_prompt: dict[bytes, list[int]] = {}
     for i, length in enumerate(lengths):
         if length:
             prompt = trajectories[i].token_ids[: int(trained_mask(trajectories[i]).argmax())]
-            by_prompt.setdefault(prompt.tobytes() if share_prefixes else b"%d" % i, []).append(i)
+            by_prompt.setdefault(prompt.tobytes(), []).append(i)
     units = []
     for rows in by_prompt.values():
         prefix = int(trained_mask(trajectories[rows[0]]).argmax()) - CONTEXT
@@ -161,7 +164,9 @@ def _pad(rows: Sequence[Trajectory], lengths: Sequence[int], prefix: int, index:
     token_ids, loss_mask, logprobs = np.full(shape, PAD_ID, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
     for b, (row, end) in enumerate(zip(rows, lengths, strict=True)):
         n, own = end - prefix, slice(prefix, end)
-        token_ids[b, :n], loss_mask[b, :n], logprobs[b, :n] = row.token_ids[own], trained_mask(row)[own], row.logprobs[own]
+        token_ids[b, :n], loss_mask[b, :n], logprobs[b, :n] = row.token_ids[own], row.loss_mask[own], row.logprobs[own]
+    if not prefix:
+        loss_mask[:, 0] = False  # as in `trained_mask`
     return Microbatch(
         prefix_ids=rows[0].token_ids[:prefix].astype(np.int32),
         token_ids=token_ids,

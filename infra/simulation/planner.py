@@ -143,9 +143,9 @@ class PlannedRun:
             tokens_per_s=tokens / seconds,
             staleness_mean=sum(age * n for age, n in self.staleness.items()) / tokens,
             staleness_max=max(self.staleness),
-            engine_idle=1 - (busy_end - busy) / seconds / plan.workers,
+            engine_idle=max(0.0, 1 - (busy_end - busy) / seconds / plan.workers),
             engine_load=(sequences_end - sequences) / seconds / plan.workers / plan.max_sequences,
-            learner_idle=1 - (learner_end - learner) / seconds,
+            learner_idle=max(0.0, 1 - (learner_end - learner) / seconds),
             filtered=self.filtered,
         )
 

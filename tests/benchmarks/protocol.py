@@ -3,7 +3,7 @@
 groups_per_s_10, _100, _1000   trained groups per second of wall time, with so many workers and 100,000 groups in flight
 driver_us_per_group_10, ...    CPU time of the driver's process for each trained group, in microseconds: what a busy machine does not change
 groups_per_s_ray_100           groups_per_s_100 with the replay queue as an actor of a real Ray, and 10,000 groups in flight
-batcher_groups_per_s           groups per second of the batcher alone (advantages, trajectories, microbatches), one process
+batcher_us_per_group           CPU time of the batcher (advantages, trajectories, microbatches), which has a process of its own
 journal_groups_per_s           groups per second that a journal on this disk makes durable, eight writers at once
 peak_mib                       largest resident memory of the driver's process over all of these runs
 growth_mib                     its growth from the first measured step to the last, at 100 workers
@@ -28,7 +28,6 @@ from contextlib import AsyncExitStack
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -75,7 +74,7 @@ def bench() -> dict[str, list[float]]:
     peak = 0.0
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as batcher:
         batcher.submit(batch, [0]).result()
-        figures["batcher_groups_per_s"] = [timed(lambda: batcher.submit(batch, list(range(PER_STEP))).result()) for _ in range(REPETITIONS)]
+        figures["batcher_us_per_group"] = [batcher.submit(batch_cost).result() for _ in range(REPETITIONS)]
         for _ in range(REPETITIONS):
             for workers in (10, 100, 1000):
                 rate, cost, memory = measure(workers, in_flight=100_000, batcher=batcher)
@@ -279,11 +278,11 @@ def journal_rate(count: int = 200, writers: int = 8) -> float:
     return count / seconds
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """PER_STEP groups per second."""
-    began = time.perf_counter()
-    work()
-    return PER_STEP / (time.perf_counter() - began)
+def batch_cost() -> float:
+    """Microseconds of CPU for each group of a batch."""
+    began = time.process_time()
+    batch(range(PER_STEP))
+    return 1e6 * (time.process_time() - began) / PER_STEP
 
 
 def tasks(env: str, start: int = 0) -> Iterator[Task]:

@@ -5,11 +5,13 @@ A sample runs here. The long study is `polyrl simulate --runs 10000`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.testing import CliRunner
 
 import learner.checkpoint
 import rl_core.breaker
@@ -20,11 +22,13 @@ import rl_core.loop
 import rl_core.mixer
 import rl_core.recovery
 import rl_core.replay_queue
+from infra.cli.main import app
+from infra.errors import UsageError
 from infra.simulation.faults import Fault
 from infra.simulation.study import Tally, run_one, scratch
 from tests.unit.mutants import plant
 
-SAMPLE = 80
+SAMPLE = 60
 QUEUE_FAULTS = (Fault.QUEUE_DEATH_AFTER_CALL, Fault.SLOW_QUEUE, Fault.LATE_ANSWER)
 ENOUGH = 300
 """Runs within which every planted bug must be seen; most take fewer than ten."""
@@ -146,3 +150,27 @@ def test_a_run_without_faults_has_one_life(disk: Path, seed: int) -> None:
 
 def test_a_seed_gives_the_same_run_again(disk: Path) -> None:
     assert run_one(7, disk) == run_one(7, disk)
+
+
+def test_the_command_exits_1_and_names_the_seed_and_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, *BUGS["one step's slots too many"])
+    result = CliRunner().invoke(app, ["simulate", "--runs", "40", "--seed", "5", "--json"])
+    failure = json.loads(result.stdout)["failures"][0]
+    assert result.exit_code == 1
+    assert failure["seed"] >= 5
+    assert failure["failure"].startswith("Violation: slots: ")
+    assert f"again: polyrl simulate --runs 1 --seed {failure['seed']}" in result.stderr
+
+
+def test_the_command_counts_the_faults_of_runs_that_end_well() -> None:
+    result = CliRunner().invoke(app, ["simulate", "--runs", "3", "--fault", "slow_link", "--fault", "driver_death", "--json"])
+    tally = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert tally["runs"] == 3
+    assert {name for name, count in tally["faults"].items() if count} <= {"slow_link", "driver_death"}
+
+
+def test_a_fault_without_a_name_is_a_sentence() -> None:
+    result = CliRunner().invoke(app, ["simulate", "--fault", "bad_luck"])
+    assert isinstance(result.exception, UsageError)
+    assert "torn_journal" in str(result.exception)
