@@ -27,7 +27,7 @@ BUILT_INS: dict[str, dict[str, Any]] = {
     "math": {"options": {"digits": 3}},
     "tools": {"max_turns": 6, "options": {"kinds": ["stock", "points", "move", "refund"], "distractors": 0}},
     "long_context": {"max_total_tokens": 4096, "options": {"records": 6, "min_tokens": 128, "max_tokens": 256}},
-    "code": {"share": 0.3, "max_tokens": 256, "options": {"num_steps": 2, "digits": 1, "cases": 4}},
+    "code": {"share": 0.2, "max_tokens": 256, "options": {"num_steps": 2, "digits": 1, "cases": 4}},
 }
 
 
@@ -63,11 +63,11 @@ def test_a_cheating_policy_is_named_within_200_rollouts(tmp_path: Path, cheat: C
 
 def test_an_honest_run_of_the_built_in_environments_raises_no_alarm_and_scores_the_same_again(tmp_path: Path) -> None:
     config = scripted_config(tmp_path, BUILT_INS, audit={"honeypots": 0.1}, eval={"tasks": 8})
-    report = audit(scripted_run(config, honest(0.3, 0.9), wrap=audited), sample=80)
+    report = audit(scripted_run(config, honest(0.3, 0.9), wrap=audited), sample=48)
     assert report.rollouts >= 150
     assert not report.alarms, report.alarms
-    assert {env: (r.same, r.impossible) for env, r in report.rescored.items()} == dict.fromkeys(BUILT_INS, (20, 0))
-    assert all(report.rescored[env].second_opinions > 3 for env in ("math", "long_context", "code"))
+    assert {env: (r.same, r.impossible) for env, r in report.rescored.items()} == dict.fromkeys(BUILT_INS, (12, 0))
+    assert all(report.rescored[env].second_opinions > 2 for env in ("math", "long_context", "code"))
 
 
 def test_a_verifier_that_does_not_come_to_the_same_verdict_is_named(tmp_path: Path) -> None:

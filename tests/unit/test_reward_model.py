@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("rm")
-    train_reward_model(preferences(320, seed=1), out, tokenizer=SEED_MODEL, epochs=3, learning_rate=2e-3)
+    train_reward_model(preferences(240, seed=1), out, tokenizer=SEED_MODEL, epochs=3, batch=16, learning_rate=2e-3)
     return out
 
 
