@@ -19,8 +19,7 @@ from typing import Any
 from environments.base import TextEnv
 from environments.host import EnvHost, EnvironmentFailure, describe
 from environments.registry import resolve
-from infra.audit.rows import PENALTY, Row
-from reward_models.learned import VERIFIED
+from infra.audit.rows import PAID, Row
 from rl_core.config import RunConfig
 from rl_core.types import Message, Status, Verdict
 
@@ -84,7 +83,12 @@ class Rescorer:
         finally:
             self._host.close(session)
         outcome, difference = compare(row, verdict, said)
-        return Replay(row=row, outcome=outcome, difference=difference, second_opinion=self.second_opinion(row) if row.paid else None)
+        return Replay(
+            row=row,
+            outcome=outcome,
+            difference=difference,
+            second_opinion=self.second_opinion(row) if (row.verified or 0.0) >= PAID else None,
+        )
 
     def second_opinion(self, row: Row) -> bool | None:
         """What the environment's second verifier says; None if there is none, or if it fails."""
@@ -126,10 +130,9 @@ def compare(row: Row, verdict: Verdict | None, said: Sequence[Message]) -> tuple
     theirs = [m for m in row.messages if m.role != "assistant"]
     if theirs != [m for m in said if m.role != "assistant"]:
         return Outcome.DIFFERENT, "the environment says something else than it did in the run"
-    stored_reward = row.components.get(VERIFIED, row.components.get(PENALTY, row.reward))
     difference = (
         _differs("status", row.status, verdict.status.value)
-        or _differs("reward", stored_reward, verdict.reward)
+        or _differs("reward", row.verified, verdict.reward)
         or next((d for name, value in verdict.components.items() if (d := _differs(name, row.components.get(name), value))), "")
     )
     if not difference:

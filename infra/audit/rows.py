@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rl_core.rewards import VERIFIED
 from rl_core.run_store import SCHEMA, StoredRun
 from rl_core.types import Group, Message, Rollout, Task, Turn
 
@@ -47,8 +48,14 @@ class Row:
     started_at: float
 
     @property
+    def verified(self) -> float | None:
+        """What the environment itself gave: the reward, unless other components or the gate made something else of it."""
+        return self.components.get(VERIFIED, self.components.get(PENALTY, self.reward))
+
+    @property
     def paid(self) -> bool:
-        return self.reward is not None and self.reward >= PAID
+        """By the environment or, where a model's score counts, by the whole."""
+        return self.reward is not None and max(self.reward, self.components.get(VERIFIED, 0.0)) >= PAID
 
     @cached_property
     def said(self) -> str:
