@@ -65,7 +65,7 @@ def test_built_ins_resolve_to_their_classes() -> None:
 def test_an_unknown_id_suggests_the_nearest_one() -> None:
     with pytest.raises(UnknownEnvironment, match="did you mean 'math'"):
         resolve("mathh")
-    with pytest.raises(UnknownEnvironment, match="known: code, gymnasium, instructions, long_context, math, nemo_gym"):
+    with pytest.raises(UnknownEnvironment, match="known: code, gymnasium, humaneval, instructions, long_context, math, nemo_gym"):
         resolve("zzzzzz")
     assert issubclass(UnknownEnvironment, ValueError)
 
