@@ -73,7 +73,7 @@ class HumanEvalEnv(TextEnv):
         return self._verdict(status, components, {**evidence, "failure": score.failure})
 
     def oracle(self, observation: Observation, rng: random.Random) -> Turn:
-        return Turn(content=f"```python\n{self._problem().reference}```")
+        return Turn(content=self._problem().reference)
 
     def _problem(self) -> Problem:
         assert self.task is not None
