@@ -14,9 +14,9 @@ class BadCheckpoint(ValueError):
 
 
 def export(model: Path, out: Path) -> dict[str, int]:
-    """Copy the checkpoint folder `model` to `out` and load it there with Transformers; returns {"parameters", "mtp_parameters"}.
+    """Copy the checkpoint folder `model` to the new folder `out`, load it there with Transformers; {"parameters", "mtp_parameters"}.
 
-    Raises BadCheckpoint if a weight is missing, of the wrong shape, or unknown.
+    Raises BadCheckpoint, and leaves nothing, if a weight is missing, of the wrong shape, or unknown.
     """
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -27,7 +27,8 @@ def export(model: Path, out: Path) -> dict[str, int]:
     wrong = [f"{kind} {sorted(map(str, names))[:3]}" for kind, names in
              (("missing", info["missing_keys"]), ("mismatched", info["mismatched_keys"]), ("unknown", unknown)) if names]  # fmt: skip
     if wrong:
-        raise BadCheckpoint(f"{out} does not load as a {type(loaded).__name__}: {'; '.join(wrong)}")
+        shutil.rmtree(out)
+        raise BadCheckpoint(f"{model} does not load as a {type(loaded).__name__}: {'; '.join(wrong)}")
     mtp = 0
     for file in out.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
