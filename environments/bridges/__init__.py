@@ -8,17 +8,18 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from environments.knobs import OptionError
 from rl_core.types import Status, Verdict
 
 MAX_EVIDENCE = 400  # characters
 
 
 def need(module: str, install: str) -> ModuleType:
-    """Import a package that only one bridge needs. Raises ValueError with what to install."""
+    """Import a package that only one bridge needs. Raises OptionError with what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"this environment needs the package {module!r}, which cannot be imported ({error}); {install}") from error
+        raise OptionError(f"this environment needs the package {module!r}, which cannot be imported ({error}); {install}") from error
 
 
 def verifier_failed(what: str) -> Verdict:

@@ -27,7 +27,7 @@ from gymnasium import spaces
 
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
 from environments.bridges.toy_text import GAMES, Game, Plan
-from environments.knobs import check_choices, read_knobs
+from environments.knobs import OptionError, check_choices, read_knobs
 
 KNOBS: dict[str, Any] = {
     "env": "FrozenLake-v1", "arguments": {}, "actions": [], "rules": "", "scoring": "", "low": 0.0, "high": 0.0, "winnable": True,
@@ -126,7 +126,7 @@ class Table:
         if self.low == self.high and self.known:
             self.low, self.high = self.known.low, self.known.high
         if self.scoring == "return" and not self.low < self.high:
-            raise ValueError(
+            raise OptionError(
                 f"environment 'gymnasium': scoring=return needs the range of the sum of rewards, got low={self.low}, high={self.high}; "
                 f"wanted low < high, for example low=-1 and high=1"
             )
@@ -146,11 +146,11 @@ class Table:
         return _table(json.dumps(dict(options), sort_keys=True))
 
     def make(self) -> Any:
-        """A fresh game. Raises ValueError when there is none of this name."""
+        """A fresh game. Raises OptionError when there is none of this name."""
         try:
             return gymnasium.make(self.env, **self.arguments)
         except (gymnasium.error.Error, ImportError, TypeError) as error:
-            raise ValueError(
+            raise OptionError(
                 f"environment 'gymnasium': gymnasium.make({self.env!r}) raised {type(error).__name__}: {error}; a game of another package "
                 f"is written 'module:Name-v0', and some need extras: pip install 'gymnasium[all]'"
             ) from error
@@ -158,7 +158,7 @@ class Table:
     def draws(self, rng: random.Random) -> Iterator[int]:
         """Seeds to try, not for ever."""
         yield from (rng.randrange(SEEDS) for _ in range(MAX_DRAWS))
-        raise ValueError(
+        raise OptionError(
             f"environment 'gymnasium': good play won none of {MAX_DRAWS} seeds of {self.env}; set winnable=false to play them all"
         )
 
@@ -212,13 +212,13 @@ def is_random(game: Any) -> bool:
 
 
 def check_actions(env: str, space: Any, words: tuple[str, ...]) -> None:
-    """Raise ValueError for a game whose actions cannot be written."""
+    """Raise OptionError for a game whose actions cannot be written."""
     if isinstance(space, spaces.Text):
         return
     if not isinstance(space, spaces.Discrete):
-        raise ValueError(f"environment 'gymnasium': {env} has the action space {space}; a policy can write Discrete and Text actions only")
+        raise OptionError(f"environment 'gymnasium': {env} has the action space {space}; a policy can write Discrete and Text actions only")
     if words and len(set(words)) != int(space.n):
-        raise ValueError(f"environment 'gymnasium': {env} has {space.n} actions, and {len(set(words))} different words are given for them")
+        raise OptionError(f"environment 'gymnasium': {env} has {space.n} actions, and {len(set(words))} different words are given for them")
 
 
 def tell(observation: Any) -> str:

@@ -30,7 +30,7 @@ import requests
 
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
 from environments.bridges import verifier_failed
-from environments.knobs import check_range, read_knobs
+from environments.knobs import OptionError, check_range, read_knobs
 from rl_core.types import ToolCall
 
 KNOBS: dict[str, Any] = {"url": "", "rows": "", "timeout_s": 30.0, "low": 0.0, "high": 1.0}
@@ -177,24 +177,24 @@ def to_messages(asked: str | list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs that `options` set. Raises ValueError."""
+    """The knobs that `options` set. Raises OptionError."""
     knobs = read_knobs(NemoGymEnv.id, KNOBS, options)
     if not re.match(r"https?://", knobs["url"]):
-        raise ValueError(
+        raise OptionError(
             f"environment 'nemo_gym': option url is {knobs['url']!r}, wanted the resource server's address, such as http://127.0.0.1:8001"
         )
     check_range(NemoGymEnv.id, "timeout_s", knobs["timeout_s"], 0.1, 3600)
     if not knobs["low"] < knobs["high"]:
-        raise ValueError(f"environment 'nemo_gym': low={knobs['low']} and high={knobs['high']}, wanted low < high")
+        raise OptionError(f"environment 'nemo_gym': low={knobs['low']} and high={knobs['high']}, wanted low < high")
     read_rows(knobs["rows"])
     return knobs
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of a JSONL file. Raises ValueError that names the file and line."""
+    """The rows of a JSONL file. Raises OptionError that names the file and line."""
     file = Path(path)
     if not path or not file.is_file():
-        raise ValueError(f"environment 'nemo_gym': option rows is {path!r}, wanted a JSONL file such as a server's data/example.jsonl")
+        raise OptionError(f"environment 'nemo_gym': option rows is {path!r}, wanted a JSONL file such as a server's data/example.jsonl")
     return _rows(path, file.stat().st_mtime_ns)
 
 
@@ -207,8 +207,8 @@ def _rows(path: str, changed: int) -> list[dict[str, Any]]:
             row = json.loads(line)
             row["responses_create_params"]["input"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"environment 'nemo_gym': {path}, line {number} is no row ({type(error).__name__}: {error})") from error
+            raise OptionError(f"environment 'nemo_gym': {path}, line {number} is no row ({type(error).__name__}: {error})") from error
         rows.append(row)
     if not rows:
-        raise ValueError(f"environment 'nemo_gym': {path} is empty")
+        raise OptionError(f"environment 'nemo_gym': {path} is empty")
     return rows

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
 from environments.bridges import need, verifier_failed
 from environments.bridges.process import Late, LineProcess
-from environments.knobs import check_choices, check_range, read_knobs
+from environments.knobs import OptionError, check_choices, check_range, read_knobs
 
 INSTALL = "pip install reasoning-gym"
 KNOBS: dict[str, Any] = {"families": ["chain_sum", "gcd"], "arguments": {}, "floor": 1.0, "instruction": "Answer with the answer alone."}
@@ -143,7 +143,7 @@ SCORERS = Scorers()
 
 
 def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs that `options` set. Raises ValueError, also where the package is not there or a family may not be used."""
+    """The knobs that `options` set. Raises OptionError, also where the package is not there or a family may not be used."""
     knobs = read_knobs(ReasoningGymEnv.id, KNOBS, options)
     known = need("reasoning_gym.factory", INSTALL).DATASETS
     check_choices(ReasoningGymEnv.id, "families", knobs["families"], sorted(known))
@@ -151,7 +151,7 @@ def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
     check_range(ReasoningGymEnv.id, "floor", knobs["floor"], 0.0, 1.0)
     for family in knobs["families"]:
         if family in NEVER:
-            raise ValueError(f"environment 'reasoning_gym': family {family!r} is refused: {NEVER[family]}")
+            raise OptionError(f"environment 'reasoning_gym': family {family!r} is refused: {NEVER[family]}")
     return knobs
 
 

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 
 from environments.base import Message, Observation, Status, Task, TaskDraft, TextEnv, Turn, Verdict
 from environments.bridges import need, verifier_failed
-from environments.knobs import check_range, read_knobs
+from environments.knobs import OptionError, check_range, read_knobs
 
 INSTALL = "pip install 'verifiers==0.1.14'"
 KNOBS: dict[str, Any] = {"env": "", "arguments": {}, "timeout_s": 60.0, "low": 0.0, "high": 1.0}
@@ -220,13 +220,13 @@ def _load(name: str, arguments: str) -> Any:
         else:
             env = package.load_environment(name, **json.loads(arguments))
     except Exception as error:
-        raise ValueError(f"environment 'verifiers': loading {name!r} raised {type(error).__name__}: {error}") from error
+        raise OptionError(f"environment 'verifiers': loading {name!r} raised {type(error).__name__}: {error}") from error
     if not isinstance(env, package.MultiTurnEnv):
-        raise ValueError(
+        raise OptionError(
             f"environment 'verifiers': {name!r} gave a {type(env).__name__}, wanted a verifiers.MultiTurnEnv (a single turn is one)"
         )
     if env.rubric.has_group_rewards:
-        raise ValueError(f"environment 'verifiers': the rubric of {name!r} scores whole groups, which is no reward of an episode")
+        raise OptionError(f"environment 'verifiers': the rubric of {name!r} scores whole groups, which is no reward of an episode")
     for rubric in getattr(env.rubric, "rubrics", [env.rubric]):
         rubric.funcs = [noticed(function) for function in rubric.funcs]
     return env
@@ -258,13 +258,13 @@ def event_loop() -> asyncio.AbstractEventLoop:
 
 
 def checked_knobs(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs that `options` set. Raises ValueError."""
+    """The knobs that `options` set. Raises OptionError."""
     knobs = read_knobs(VerifiersEnv.id, KNOBS, options)
     if not knobs["env"]:
-        raise ValueError("environment 'verifiers': option env is empty, wanted an installed environment package, or module:function")
+        raise OptionError("environment 'verifiers': option env is empty, wanted an installed environment package, or module:function")
     check_range(VerifiersEnv.id, "timeout_s", knobs["timeout_s"], 0.1, 3600)
     if not knobs["low"] < knobs["high"]:
-        raise ValueError(f"environment 'verifiers': low={knobs['low']} and high={knobs['high']}, wanted low < high")
+        raise OptionError(f"environment 'verifiers': low={knobs['low']} and high={knobs['high']}, wanted low < high")
     return knobs
 
 

@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from environments.knobs import OptionError
 from environments.registry import BrokenEnvironment, UnknownEnvironment
 from infra.cli import (
     audits,
@@ -29,7 +30,7 @@ from infra.errors import UsageError
 from rl_core.config import ConfigError
 from rl_core.run_store import NoSuchRun
 
-USER_ERRORS = (ConfigError, UnknownEnvironment, BrokenEnvironment, NoSuchRun, UsageError)
+USER_ERRORS = (ConfigError, UnknownEnvironment, BrokenEnvironment, OptionError, NoSuchRun, UsageError)
 
 app = typer.Typer(
     help="Asynchronous, multi-environment RL post-training for language models.",

@@ -14,7 +14,9 @@ from environments.check import check_environment
 from environments.plugin_files import absolute, target_of
 from environments.registry import BrokenEnvironment, load, resolve
 from infra.errors import UsageError
+from infra.preflight import preflight
 from infra.scaffold import scaffold
+from rl_core.config import parse_config
 
 ROOT = Path(__file__).parents[2]
 ENV = """
@@ -88,6 +90,14 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, target: str, complaint: 
         load.cache_clear()
         with pytest.raises(BrokenEnvironment, match=complaint):
             resolve(target.format(tmp_path))
+
+
+def test_a_run_of_a_plugin_that_cannot_be_imported_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "raises.py").write_text("import a_library_that_is_not_there\n")
+    environments = {"math": {}, "mine": {"id": f"{tmp_path}/raises.py:Env"}}
+    config = parse_config({"model": {"path": str(ROOT / "configs/models/seed")}, "environments": environments})
+    with pytest.raises(BrokenEnvironment, match="a_library_that_is_not_there"):
+        preflight(config)
 
 
 def test_the_scaffold_passes_its_own_check_from_its_folder(tmp_path: Path) -> None:
