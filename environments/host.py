@@ -19,6 +19,7 @@ from typing import Any
 from environments.base import TextEnv
 from environments.registry import resolve
 from environments.sandbox.base import SandboxUnavailable
+from environments.sources import UNDRAWN
 from rl_core.seams import BadTask, Observation, Transition
 from rl_core.types import Status, Task, Turn, Verdict
 
@@ -69,6 +70,8 @@ class EnvHost:
 
     def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
         """Start an episode of `task`. Raises EnvironmentFailure when the environment cannot start it, TaskUnusable when nothing could."""
+        if cause := task.private.get(UNDRAWN):
+            raise EnvironmentBug(f"environment {env_id!r}: {cause}")
         try:
             session = self._enter(session_id)
             with self._held(session):

@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError
 
 from environments.levels import leveled_tasks
 from environments.registry import resolve
+from environments.sources import guarded
 from infra.audit.gate import AuditedWorkers
 from infra.ray_cluster import connect
 from learner.actor import LearnerGroup
@@ -234,9 +235,13 @@ class Run:
         """The task source of one environment, from a position on."""
         env = self.config.environments[name]
         env_class, options = resolve(env.id or name), task_options(self.config, env)
-        if split == "train" and env.curriculum.enabled and env.curriculum.levels:
-            return leveled_tasks(env_class, split, seed, options, env.curriculum.levels, start=start)
-        return env_class.tasks(split, seed, options, start=start)
+
+        def source(position: int) -> Iterator[Task]:
+            if split == "train" and env.curriculum.enabled and env.curriculum.levels:
+                return leveled_tasks(env_class, split, seed, options, env.curriculum.levels, start=position)
+            return env_class.tasks(split, seed, options, start=position)
+
+        return guarded(source, name, split, start)
 
     async def evaluation(self, pool: Pool, label: str, version: int, count: int) -> dict[str, EvalResult]:
         """Held-out score of every environment, as an event."""

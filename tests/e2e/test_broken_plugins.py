@@ -1,4 +1,4 @@
-"""One run of a built-in, an installed plugin and six broken ones: the broken ones harm only themselves, and the run says how they broke.
+"""One run of a built-in, an installed plugin and seven broken ones: the broken ones harm only themselves, and the run says how they broke.
 
 The plugin is what `polyrl envs new` makes, installed into another folder and found by its entry point; the broken ones are files.
 """
@@ -31,6 +31,7 @@ NEVER_TRAIN = {
     "raises_on_import": "libfoo.so.3 is not on this machine",
     "hangs": "took longer than 1 s",
     "returns_nan": "wanted a finite number",
+    "cannot_draw": "row 17 has no answer",
     "forks": "",
 }
 """Environments of which no episode can end well, and what the breaker's note says of the cause; a host that died has no last words."""
