@@ -54,6 +54,9 @@ def check_environment(config: RunConfig, name: str) -> None:
             return  # a task whose reference is run: check_sandbox says what is missing, where the run is on this machine
         except ValueError as error:
             raise PreflightError(f"environments.{name}.{where}: {error}") from error
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise PreflightError(f"environments.{name}: its first task cannot be drawn; {env_class.__name__} raised {said}") from error
 
 
 def check_components(name: str, named: Collection[str], components: Sequence[str]) -> None:

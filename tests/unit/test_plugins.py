@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from environments.check import check_environment
 from environments.plugin_files import absolute, target_of
 from environments.registry import BrokenEnvironment, load, resolve
 from infra.errors import UsageError
-from infra.preflight import preflight
+from infra.preflight import PreflightError, preflight
 from infra.scaffold import scaffold
 from rl_core.config import parse_config
 
@@ -94,10 +95,19 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, target: str, complaint: 
 
 def test_a_run_of_a_plugin_that_cannot_be_imported_is_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "raises.py").write_text("import a_library_that_is_not_there\n")
-    environments = {"math": {}, "mine": {"id": f"{tmp_path}/raises.py:Env"}}
-    config = parse_config({"model": {"path": str(ROOT / "configs/models/seed")}, "environments": environments})
+
+    def config_of(name: str) -> dict[str, Any]:
+        environments = {"math": {}, "mine": {"id": f"{tmp_path}/raises.py:{name}"}}
+        return {"model": {"path": str(ROOT / "configs/models/seed")}, "environments": environments}
+
+    config = parse_config(config_of("Env"))
     with pytest.raises(BrokenEnvironment, match="a_library_that_is_not_there"):
         preflight(config)
+    source = ENV.format(name="A", word="sun", imports="WORD = 'sun'").replace("return TaskDraft", "{}['row 17']; return TaskDraft")
+    (tmp_path / "raises.py").write_text(source)
+    load.cache_clear()
+    with pytest.raises(PreflightError, match="mine: its first task cannot be drawn; AEnv raised KeyError: 'row 17'"):
+        preflight(parse_config(config_of("AEnv")))
 
 
 def test_the_scaffold_passes_its_own_check_from_its_folder(tmp_path: Path) -> None:
