@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from infra.errors import UsageError
 from infra.simulation.clock import Deadlock, simulate
 from infra.simulation.engines import Engine
-from infra.simulation.estimates import changed, from_config
+from infra.simulation.estimates import changed, from_config, from_run
 from infra.simulation.planner import EnvPlan, Plan, forecast
 from rl_core.config import LoopConfig, load_config
+from rl_core.events import Event
+from rl_core.run_store import RunStore, StoredRun
+from tests.unit.stored_runs import group, store_run
 
 PLAN = Plan(
     loop=LoopConfig(steps=8, groups_per_step=8, max_staleness=2),
@@ -84,3 +88,23 @@ def test_numbers_come_from_the_config_or_by_hand_and_a_wrong_name_is_a_sentence(
     for item in ("nope=1", "nope.mean_tokens=1", "math.workers=2", "workers=many", "workers=-1"):
         with pytest.raises(UsageError, match="--set"):
             changed(plan, [item])
+
+
+def test_lengths_signal_and_times_are_measured_in_a_stored_run(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    store.add_groups([group("g0", rewards=(1.0, 0.0)), group("g1", rewards=(1.0, 1.0))], "train")
+    metrics = {"step/seconds": 7.0, "step/waited_s": 3.0, "rollout/tokens_per_s": 100.0, "queue/in_flight": 2.0}
+    store.emit(Event(kind="step", data={"version": 1, "metrics": metrics}))
+    store.close()
+    config = load_config("configs/quickstart.yaml")
+    plan = from_run(config, StoredRun(tmp_path))
+    math = plan.environments["math"]
+    assert (math.mean_tokens, math.spread, math.signal, plan.learner_step_s) == (3.0, 0.0, 0.5, 4.0)
+    sequences = 2.0 * math.group_size  # in flight: the engine makes 100 tokens a second of them
+    assert sequences / (plan.base_s + sequences * plan.per_sequence_s) == pytest.approx(100.0)
+    assert plan.environments["code"] == from_config(config).environments["code"]
+
+
+def test_a_run_without_training_cannot_be_measured(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no training rollouts"):
+        from_run(load_config("configs/quickstart.yaml"), StoredRun(store_run(tmp_path)))
