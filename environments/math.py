@@ -23,7 +23,9 @@ from environments.knobs import check_choices, check_range, read_knobs, shows_wor
 from environments.math_algebra import KINDS as ALGEBRA
 from environments.math_algebra import draw_exercise
 from reward_models import math_answer
-from reward_models.math_answer import AnswerSpec
+from reward_models.killable import ServiceFailed
+from reward_models.math_answer import DEMANDS, AnswerSpec
+from rl_core.seams import BadTask
 
 KINDS = ("add", "sub", "mul", "chain", "equation", "word")
 KNOBS: dict[str, Any] = {"digits": 4, "terms": 6, "kinds": list(KINDS), "system": "", **files.KNOBS}
@@ -88,7 +90,10 @@ class MathEnv(TextEnv):
         return TaskDraft(public=public, private=private, difficulty=str(row.get("difficulty", "file")))
 
     def begin(self, task: Task) -> Observation:
-        math_answer.read_gold(AnswerSpec.from_task(task.private))  # an unusable gold ends the episode here, before a token is sampled
+        try:  # an unusable gold ends the episode here, before a token is sampled
+            math_answer.read_gold(AnswerSpec.from_task(task.private))
+        except ServiceFailed as failure:
+            raise BadTask(f"its gold answer cannot be looked at now: {failure}") from failure
         system = (Message(role="system", content=self.knobs["system"]),) if self.knobs["system"] else ()
         return Observation(messages=(*system, Message(role="user", content=task.public["question"])))
 
@@ -96,7 +101,10 @@ class MathEnv(TextEnv):
         assert self.task is not None
         if turn.malformed or turn.tool_calls:
             return self._verdict(Status.INVALID_OUTPUT, False, False, {"reason": turn.malformed or "a tool call where there are no tools"})
-        check = math_answer.check_answer(turn.content, AnswerSpec.from_task(self.task.private))
+        try:
+            check = math_answer.check_answer(turn.content, AnswerSpec.from_task(self.task.private))
+        except ServiceFailed as failure:
+            return Verdict(status=Status.VERIFIER_ERROR, reward=None, evidence={"error": str(failure)})
         evidence = {"answer": (check.extracted or turn.content.strip())[:80], "wanted": self.task.private["answer"], "tier": check.tier}
         status = Status.TIMEOUT_MODEL if check.late else Status.OK if check.readable else Status.INVALID_OUTPUT
         return self._verdict(status, check.correct, check.readable, evidence | ({"reason": check.reason} if check.reason else {}))
@@ -123,7 +131,8 @@ class MathEnv(TextEnv):
 
     @classmethod
     def honeypot(cls, task: Task, rng: random.Random) -> Task:
-        return as_honeypot(task, {**task.private, "answer": str(unguessable(rng))})
+        kept = {name: value for name, value in task.private.items() if name not in DEMANDS}  # its answer is a number, whatever was asked
+        return as_honeypot(task, {**kept, "answer": str(unguessable(rng))})
 
     def _verdict(self, status: Status, correct: bool, readable: bool, evidence: dict[str, str]) -> Verdict:
         return Verdict(

@@ -49,8 +49,11 @@ class AnswerSpec:
     @staticmethod
     def from_task(private: Mapping[str, Any]) -> AnswerSpec:
         """From a task's private part: its `answer`, and whichever other field it has."""
-        known = {f.name for f in fields(AnswerSpec)} - {"gold"}
-        return AnswerSpec(gold=str(private["answer"]), **{k: str(v) for k, v in private.items() if k in known})
+        return AnswerSpec(gold=str(private["answer"]), **{k: str(v) for k, v in private.items() if k in DEMANDS})
+
+
+DEMANDS = frozenset(f.name for f in fields(AnswerSpec)) - {"gold"}
+"""What a task may say of its answer beside the answer itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

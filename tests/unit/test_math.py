@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from environments.host import EnvHost, TaskUnusable
 from environments.math import ALGEBRA, KINDS, MathEnv, column_working, multiply_working
+from reward_models import math_answer
+from reward_models.killable import ServiceFailed
 from rl_core.seams import BadTask
 from rl_core.types import Status, Task, ToolCall, Turn, Verdict
 
@@ -131,6 +133,30 @@ def test_algebra_pays_its_oracle_and_neither_the_question_nor_another_form(kind:
         asked = re.sub(r"^(Factor|Expand|Simplify|What is|Write in lowest terms:) |[.?]$", "", task.public["question"])
         for answer in (task.public["question"], asked, "0", "x", task.private["answer"] + "0"):
             assert episode(task, Turn(content=f"\\boxed{{{answer}}}")).reward == 0.0, (task, answer)
+
+
+@pytest.mark.parametrize("kind", ALGEBRA)
+def test_a_honeypot_of_algebra_can_be_opened_and_pays_nothing_but_its_secret(kind: str) -> None:
+    (task,) = tasks(1, kinds=[kind])
+    honeypot = MathEnv.honeypot(task, random.Random(1))
+    assert episode(honeypot, Turn(content=task.private["answer"])).reward == 0.0
+    assert episode(honeypot, Turn(content=honeypot.private["answer"])).reward == 1.0
+
+
+def test_a_verifier_that_cannot_answer_masks_the_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = tasks(1, kinds=["factor"])
+    env = MathEnv()
+    env.reset(options={"task": task})
+
+    def away(*_: object) -> None:
+        raise ServiceFailed("the server died twice")
+
+    monkeypatch.setattr(math_answer.killable.KillableService, "call", away)
+    verdict = env.step(Turn(content=task.private["answer"]))[4]["verdict"]
+    assert (verdict.status, verdict.reward) == (Status.VERIFIER_ERROR, None)
+    math_answer.read_gold.cache_clear()
+    with pytest.raises(BadTask, match="cannot be looked at now: the server died twice"):
+        env.reset(options={"task": task})
 
 
 def test_a_gold_that_cannot_be_read_is_refused_when_the_episode_opens() -> None:
