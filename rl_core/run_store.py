@@ -30,7 +30,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rl_core.config import RunConfig, to_yaml
+from rl_core.config import RunConfig
+from rl_core.config_files import to_yaml
 from rl_core.events import Event
 from rl_core.types import Group, Rollout
 

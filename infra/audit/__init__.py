@@ -13,7 +13,7 @@ from infra.audit.detectors import Evidence, detect
 from infra.audit.findings import Finding, Report, Rescored, Severity, Suspect, rank
 from infra.audit.rescore import Outcome, Replay, Rescorer, choose
 from infra.audit.rows import HELD_OUT, Row, read_rows
-from rl_core.config import load_config
+from rl_core.config_files import load_config
 from rl_core.run_store import StoredRun
 
 DISAGREEMENT_SHARE = 0.1

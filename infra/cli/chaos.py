@@ -15,7 +15,8 @@ from infra.cli.common import Overrides, finish
 from infra.cli.runs import ConfigPath, flat
 from infra.errors import UsageError
 from infra.preflight import preflight
-from rl_core.config import RunConfig, load_config
+from rl_core.config import RunConfig
+from rl_core.config_files import load_config
 from rl_core.run_store import RunStore, StoredRun, list_runs
 
 MAY_DIFFER = ("name", "runs_dir", "model.path", "rollout.", "sandbox", "loop.stall_s", "learner.checkpoint_every", "eval.every")

@@ -12,7 +12,7 @@ import typer
 from infra.cli.common import RunName, RunsDir
 from infra.errors import UsageError
 from infra.run_state import fold
-from rl_core.config import load_config
+from rl_core.config_files import load_config
 from rl_core.process_env import cpu_environment
 from rl_core.run_store import RunStore, StoredRun
 

@@ -12,7 +12,8 @@ import typer
 from infra.cli.common import Json, RunName, RunsDir, print_json
 from infra.cli.runs import flat
 from infra.errors import UsageError
-from rl_core.config import RunConfig, load_config
+from rl_core.config import RunConfig
+from rl_core.config_files import load_config
 from rl_core.process_env import cpu_environment
 from rl_core.run_store import RunStore, StoredRun
 

@@ -17,7 +17,8 @@ from infra.errors import UsageError
 from infra.preflight import preflight
 from infra.run_state import fold
 from infra.view import EventLines, make_view
-from rl_core.config import RunConfig, load_config, to_yaml
+from rl_core.config import RunConfig
+from rl_core.config_files import load_config, to_yaml
 from rl_core.run_store import RunStore, StoredRun, create_run_dir
 
 if TYPE_CHECKING:

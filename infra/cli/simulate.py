@@ -12,7 +12,7 @@ import typer
 from infra.cli.common import Json, Overrides, RunsDir, print_json
 from infra.errors import UsageError
 from infra.view import clock
-from rl_core.config import load_config
+from rl_core.config_files import load_config
 from rl_core.run_store import RunStore
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import typer
 
 from infra.cli.common import Json, Overrides, print_json
 from infra.preflight import preflight
-from rl_core.config import EnvironmentConfig, RunConfig, load_config, reference, to_yaml
+from rl_core.config import EnvironmentConfig, RunConfig
+from rl_core.config_files import load_config, reference, to_yaml
 
 
 def register(app: typer.Typer) -> None:

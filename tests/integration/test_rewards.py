@@ -15,7 +15,8 @@ from infra.ray_cluster import start_local
 from learner.reward_model import train_reward_model
 from reward_models.classifier import Classifier
 from reward_models.learned import VERIFIED, Answer, Failure
-from rl_core.config import RunConfig, parse_config
+from rl_core.config import RunConfig
+from rl_core.config_files import parse_config
 from rl_core.types import EpisodeSpec, Group, SamplingParams, Status
 from rollout_workers.pool import Pool
 from rollout_workers.rewards import RewardActors, recipe

@@ -19,7 +19,8 @@ import torch
 from environments.registry import resolve
 from infra.ray_cluster import start_local
 from learner.model import PolicyModel
-from rl_core.config import RunConfig, parse_config
+from rl_core.config import RunConfig
+from rl_core.config_files import parse_config
 from rl_core.drafts import read_drafts
 from rl_core.seams import GroupResult
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, SamplingParams, Status, Task, Turn

@@ -23,7 +23,8 @@ from environments.host import EnvHost
 from environments.registry import resolve
 from infra.launch import episode_spec, explain, task_options
 from rl_core.chat import ChatML, chat_format
-from rl_core.config import RunConfig, parse_config, to_yaml
+from rl_core.config import RunConfig
+from rl_core.config_files import parse_config, to_yaml
 from rl_core.evaluation import evaluate
 from rl_core.events import Event
 from rl_core.ledger import Ledger

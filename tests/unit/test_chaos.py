@@ -12,7 +12,7 @@ from infra.chaos import ENGINE, KINDS, Chaos, Comparison, DockerEngine, Outcome,
 from infra.cli.chaos import undisturbed_run
 from infra.errors import UsageError
 from infra.run_state import Score
-from rl_core.config import load_config, to_yaml
+from rl_core.config_files import load_config, to_yaml
 from rl_core.events import Event
 from rl_core.ledger import Ledger
 from rl_core.run_store import RunStore, StoredRun

@@ -17,7 +17,7 @@ from infra.cli.replays import changed_config
 from infra.errors import UsageError
 from learner.pretrained import CannotImport, Package, fetch, tokenizer_of
 from rl_core.chat import ChatML
-from rl_core.config import load_config
+from rl_core.config_files import load_config
 from rl_core.ledger import Ledger, group_id, read_batch
 from rl_core.types import Message, Task
 from tests.unit.stored_runs import store_run

@@ -15,7 +15,8 @@ import pytest
 
 from environments.levels import leveled_tasks
 from environments.math import MathEnv
-from rl_core.config import ConfigError, LoopConfig, parse_config
+from rl_core.config import ConfigError, LoopConfig
+from rl_core.config_files import parse_config
 from rl_core.curriculum import Curriculum
 from rl_core.ledger import Ledger, State, group_id, read_balance
 from rl_core.loop import Budget

@@ -12,7 +12,8 @@ from infra.simulation.clock import Deadlock, simulate
 from infra.simulation.engines import Engine
 from infra.simulation.estimates import changed, from_config, from_run
 from infra.simulation.planner import EnvPlan, Plan, forecast
-from rl_core.config import LoopConfig, load_config
+from rl_core.config import LoopConfig
+from rl_core.config_files import load_config
 from rl_core.events import Event
 from rl_core.run_store import RunStore, StoredRun
 from tests.unit.stored_runs import group, store_run

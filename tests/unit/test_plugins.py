@@ -17,7 +17,7 @@ from environments.registry import BrokenEnvironment, load, resolve
 from infra.errors import UsageError
 from infra.preflight import PreflightError, preflight
 from infra.scaffold import scaffold
-from rl_core.config import parse_config
+from rl_core.config_files import parse_config
 
 ROOT = Path(__file__).parents[2]
 ENV = """

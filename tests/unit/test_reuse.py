@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from rl_core.config import ConfigError, LoopConfig, parse_config
+from rl_core.config import ConfigError, LoopConfig
+from rl_core.config_files import parse_config
 from rl_core.reuse import Reuse
 from rl_core.seams import GroupResult
 from tests.unit.fakes import group_result

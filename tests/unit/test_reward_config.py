@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from reward_models.learned import VERIFIED, reward_group
-from rl_core.config import ConfigError, RunConfig, parse_config, reference
+from rl_core.config import ConfigError, RunConfig
+from rl_core.config_files import parse_config, reference
 from rl_core.types import Group, Status, Turn
 from rollout_workers.rewards import RewardActors, recipe, recipes
 from tests.unit.judge_server import Asked, judge_server, sensible

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from environments.math import MathEnv
 from infra.preflight import PreflightError, check_components
 from reward_models.learned import reward_group
-from rl_core.config import ConfigError, RunConfig, parse_config
+from rl_core.config import ConfigError, RunConfig
+from rl_core.config_files import parse_config
 from rl_core.rewards import Composer, RewardError, RewardRule, RunningScale
 from rl_core.seams import GroupResult
 from rl_core.types import Completion, Group, Rollout, Status, Task, Verdict, VersionSpan

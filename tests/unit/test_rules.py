@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rl_core.config import ConfigError, RunConfig, parse_config, to_yaml
+from rl_core.config import ConfigError, RunConfig
+from rl_core.config_files import parse_config, to_yaml
 
 
 def parsed(*overrides: str) -> RunConfig:
