@@ -275,7 +275,9 @@ def test_the_policy_is_told_nothing_about_hidden_cases_and_has_one_try(sandbox: 
     task = CodeEnv.task_at("eval", 0, 0, {"kinds": ["ints"]})
     env = CodeEnv(sandbox=sandbox.name)
     env.reset(options={"task": task})
-    _, reward, terminated, _, info = env.step(Turn(content="import sys\ndef f(x):\n print(x, file=sys.stderr)\n raise ValueError(x)"))
+    _, reward, terminated, _, info = env.step(
+        Turn(content="import sys\ndef f(x):\n print('wanted?', file=sys.stderr)\n raise ValueError('wanted?')")
+    )
     assert (reward, terminated) == (0.0, True)
     assert info["observation"].messages == ()
     with pytest.raises(RuntimeError, match="after the end of the episode"):
