@@ -98,8 +98,11 @@ class Hosts:
             while not (await asyncio.wait({answer}, timeout=LOOK_S))[0]:
                 await self._look_at(host)
             return answer.result()
-        except EnvironmentBug as error:
-            raise SessionFailed(str(error), Status.ENV_ERROR) from error
+        except (EnvironmentBug, ray.exceptions.RayTaskError) as error:
+            cause = getattr(error, "cause", error)  # the text of Ray's own error is a traceback
+            if isinstance(cause, EnvironmentBug):
+                raise SessionFailed(str(cause), Status.ENV_ERROR) from error
+            raise cause from error
         finally:
             answer.cancel()
 
