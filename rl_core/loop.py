@@ -244,6 +244,7 @@ def check_staleness(batch: Sequence[GroupResult], version: int, max_staleness: i
 async def bounded(work: Awaitable[T], seconds: float, sentence: str) -> T:
     """Await `work`, but no longer than `seconds`."""
     try:
-        return await asyncio.wait_for(work, seconds)
+        async with asyncio.timeout(seconds):  # and not wait_for, which can lose a cancellation in Python 3.11
+            return await work
     except TimeoutError as error:
         raise RunError(f"{sentence} (waited {seconds:.0f} s; loop.stall_s)") from error
