@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal, Protocol
@@ -118,32 +116,26 @@ def runner_source() -> str:
 
 
 class Gate:
-    """At most `width` programs at the same time in this process; each holds a slot number while it runs."""
+    """At most `width` programs at the same time in this process: `with gate: ...`"""
 
     def __init__(self, width: int) -> None:
         if width < 1:
             raise ValueError(f"{width} concurrent sandboxes; wanted at least 1")
         self.width = width
-        self._free = list(range(width))
-        self._changed = threading.Condition()
+        self._room = threading.BoundedSemaphore(width)
 
-    @contextmanager
-    def slot(self) -> Iterator[int]:
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._free))
-            number = self._free.pop()
-        try:
-            yield number
-        finally:
-            with self._changed:
-                self._free.append(number)
-                self._changed.notify()
+    def __enter__(self) -> None:
+        self._room.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._room.release()
 
 
 def unprivileged_uid(number: int) -> int:
     """A uid that owns nothing and that no other program runs as at the same time, whichever process of ours started it.
 
-    Limits on the number of processes count per uid: a shared one would let a fork bomb fail its neighbours.
+    `number` counts the programs of this process. Limits on the number of processes count per uid, and so do zombies that nobody has
+    collected yet: a uid that comes back soon would let a fork bomb, or a lazy process 1, fail its neighbours.
     """
     return _FIRST_UID + os.getpid() * _UIDS_PER_PROCESS + number % _UIDS_PER_PROCESS
 

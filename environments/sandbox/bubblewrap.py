@@ -2,7 +2,7 @@
 
     cgroup (memory, pids; where writable) > bwrap: new mount, pid, net, ipc, uts, cgroup namespaces > runner.py > one child per input
 
-As root the runner changes to an unprivileged uid of its slot before it reads the program (limits on processes do not bind
+As root the runner changes to an unprivileged uid of its own before it reads the program (limits on processes do not bind
 root); as an ordinary user a user namespace does the same. The root file system is a read-only skeleton: system libraries, the
 standard library of Python, four devices, and a sized /tmp. There is no /proc, no /etc, no network and no environment.
 """
@@ -10,6 +10,7 @@ standard library of Python, four devices, and a sized /tmp. There is no /proc, n
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -21,13 +22,17 @@ from pathlib import Path
 from typing import IO
 
 from environments.sandbox import base
-from environments.sandbox.base import Gate, Limits, Sandbox, SandboxJob, SandboxResult, SandboxUnavailable
+from environments.sandbox.base import Gate, Kind, Limits, Sandbox, SandboxJob, SandboxResult, SandboxUnavailable
 from environments.sandbox.cgroups import Cgroup, CgroupFactory
 from environments.sandbox.pump import Pipes, pump
 from environments.sandbox.seccomp import filter_program
 
 _JOIN_THEN = 'echo 500 2>/dev/null >/proc/self/oom_score_adj; for f in $JOIN; do echo $$ > "$f" || exit 125; done; unset JOIN; exec "$@"'
 """Where memory runs out on the machine, programs go before engines and learners; then into the control groups."""
+
+
+LEAVE_S = 0.5
+"""A runner whose cases are settled ends within milliseconds; one that something holds up is killed after this."""
 
 
 class BubblewrapSandbox(Sandbox):
@@ -40,6 +45,7 @@ class BubblewrapSandbox(Sandbox):
         self._bwrap = _find_bwrap()
         self._gate = Gate(width or base.default_width())
         self._cgroups = CgroupFactory()
+        self._programs = itertools.count()
         self._source = base.runner_source()
         try:
             self._seccomp = filter_program()
@@ -61,14 +67,14 @@ class BubblewrapSandbox(Sandbox):
     def run(self, job: SandboxJob) -> SandboxResult:
         base.check_language(self, job)
         payload = job.payload()
-        with self._gate.slot() as slot:
+        with self._gate:
             started = time.monotonic()
             try:
                 group = self._cgroups.open(job.limits)
             except OSError as error:
                 return SandboxResult(kind="infra_error", stdout=b"", stderr_tail=f"cgroup: {error}", wall_s=0.0)
             try:
-                return self._run(job, payload, slot, group, started)
+                return self._run(job, payload, group, started)
             finally:
                 if group is not None:
                     group.remove()
@@ -82,23 +88,21 @@ class BubblewrapSandbox(Sandbox):
             bounds = f"memory and processes bounded one by one only, as there is no control group ({self._cgroups.why_not})"
         return f"bubblewrap: {self._bwrap}, up to {self._gate.width} programs at a time, {bounds}"
 
-    def _run(self, job: SandboxJob, payload: bytes, slot: int, group: Cgroup | None, started: float) -> SandboxResult:
+    def _run(self, job: SandboxJob, payload: bytes, group: Cgroup | None, started: float) -> SandboxResult:
         try:
             process = subprocess.Popen(
-                ["/bin/sh", "-c", _JOIN_THEN, "sh", *self.command(job.limits, slot)],
+                ["/bin/sh", "-c", _JOIN_THEN, "sh", *self.command(job.limits)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
                 env={"JOIN": " ".join(group.joins) if group else ""}, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             return SandboxResult(kind="infra_error", stdout=b"", stderr_tail=f"{type(error).__name__}: {error}", wall_s=0.0)
         stdin, stdout, stderr = streams = _streams(process)
+        kind: Kind = "infra_error"
         try:
             kind, transcript = pump(Pipes(stdin.fileno(), stdout.fileno(), stderr.fileno()), payload, job.limits, cases=len(job.inputs))
         finally:
-            # Ending bwrap ends its process namespace, and with it everything that the program started.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process, patience_s=LEAVE_S if kind == "finished" else 0.0)
             for stream in streams:
                 stream.close()
         if kind != "infra_error" and group is not None and group.out_of_memory:
@@ -106,13 +110,13 @@ class BubblewrapSandbox(Sandbox):
         seconds = time.monotonic() - started
         return SandboxResult(kind=kind, stdout=transcript.answer, stderr_tail=base.tail(transcript.stderr), wall_s=seconds)
 
-    def command(self, limits: Limits, slot: int) -> list[str]:
+    def command(self, limits: Limits) -> list[str]:
         """The whole bwrap command line: every privilege that a program has is listed here."""
         # A user namespace that bwrap makes maps one uid only, so root does without one and the runner changes uid by itself, which
         # clears its capabilities; the bounding set stays, and means nothing as bwrap forbids new privileges.
         uid, identity = 0, ["--unshare-user", "--uid", "65534", "--gid", "65534"]
         if os.geteuid() == 0:
-            uid, identity = base.unprivileged_uid(slot), ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+            uid, identity = base.unprivileged_uid(next(self._programs)), ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         return [
             str(self._bwrap),
             "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
@@ -151,6 +155,18 @@ class BubblewrapSandbox(Sandbox):
             mounts += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
         mounts += ["--remount-ro", "/dev", "--perms", "1777", "--size", str(limits.tmp_mb << 20), "--tmpfs", "/tmp"]
         return [*mounts, "--remount-ro", "/"]
+
+
+def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """End bwrap, and so its process namespace, and so everything that the program started.
+
+    A bwrap that ends by itself collects its runner. A killed one leaves a zombie to process 1 of the machine, which may take its time.
+    """
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience_s)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _streams(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:

@@ -70,7 +70,7 @@ class DockerSandbox(Sandbox):
 
     def run(self, job: SandboxJob) -> SandboxResult:
         base.check_language(self, job)
-        with self._gate.slot():
+        with self._gate:
             started = time.monotonic()
             container: Container | None = None
             try:

@@ -338,14 +338,6 @@ def test_a_checkpoint_without_mtp_is_refused_in_a_sentence(tmp_path: Path) -> No
         engine_arguments(str(tmp_path), "float32", ROLLOUT, 0)
 
 
-def test_shutdown_leaves_no_process(served: Served) -> None:
-    """Last: it ends the module's engine."""
-    processes = list(served.engine._processes)
-    assert processes
-    served.engine.shutdown()
-    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-
 class OwnIds:
     """A chat format over the tiny model's ids, whose text is their numbers."""
 
@@ -367,3 +359,11 @@ def test_an_engine_can_judge_and_one_that_writes_no_verdict_scores_nobody(served
     (score,) = served.run(judge.score([Answer(question="q", text="a")]))
     assert isinstance(score, Failure)
     assert judge.asking.asked == judge.asking.failed > 0
+
+
+def test_shutdown_leaves_no_process(served: Served) -> None:
+    """Last: it ends the module's engine."""
+    processes = list(served.engine._processes)
+    assert processes
+    served.engine.shutdown()
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from environments.code import CodeEnv
 from environments.sandbox import Limits, Sandbox, SandboxJob, SandboxUnavailable, choose_sandbox, containers
 from environments.sandbox import bubblewrap as bubblewrap_backend
 from environments.sandbox import docker as docker_backend
+from environments.sandbox.base import unprivileged_uid
 from environments.sandbox.bubblewrap import BubblewrapSandbox
 from environments.sandbox.cgroups import CgroupFactory
 from environments.sandbox.seccomp import filter_program
@@ -49,6 +51,16 @@ def test_programs_read_stdin_and_print(sandbox: Sandbox) -> None:
 def test_the_standard_library_is_there_and_nothing_else(sandbox: Sandbox) -> None:
     program = "import json, math, random, re\ndef f(x):\n try:\n  import numpy\n except ImportError:\n  return 1"
     assert attempt(sandbox, program, inputs=(0,), expected=(1,), limits=Limits()).paid
+
+
+def test_one_program_after_another_is_paid_and_leaves_no_zombie_behind() -> None:
+    """Zombies count as processes of their user. Where process 1 collects them late, every twentieth honest program once scored 0."""
+    sandbox = BubblewrapSandbox(width=2)
+    with ThreadPoolExecutor(2) as askers:
+        tried = list(askers.map(lambda _: attempt(sandbox, "def f(x): return x", inputs=(1, 2), expected=(1, 2)), range(80)))
+    assert [t.result.stderr_tail for t in tried if not t.paid] == []
+    mine = range(unprivileged_uid(0), unprivileged_uid(255) + 1)
+    assert soon(lambda: not [p.pid for p in psutil.process_iter(["uids"]) if p.info["uids"] and p.info["uids"].real in mine])
 
 
 def test_an_error_of_the_program_is_shown_and_not_paid(sandbox: Sandbox) -> None:

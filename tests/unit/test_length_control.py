@@ -51,10 +51,15 @@ def test_the_top_of_a_group_has_at_least_one_member() -> None:
     assert top_of([], 0.5) == float("inf")
 
 
-rollout = st.tuples(st.floats(0, 1), st.integers(0, 400), st.integers(0, 400))
+rollout = st.tuples(st.floats(0, 1, allow_subnormal=False), st.integers(0, 400), st.integers(0, 400))
 
 
-@given(st.lists(rollout, min_size=1, max_size=12), st.floats(0, 0.5), st.floats(0, 0.5), st.floats(0, 0.3))
+@given(
+    st.lists(rollout, min_size=1, max_size=12),
+    st.floats(0, 0.5, allow_subnormal=False),
+    st.floats(0, 0.5, allow_subnormal=False),
+    st.floats(0, 0.3, allow_subnormal=False),
+)
 def test_in_any_group_no_empty_answer_gains_and_none_gains_more_than_a_spoken_one(
     group: list[tuple[float, int, int]], think: float, answer: float, bonus: float
 ) -> None:

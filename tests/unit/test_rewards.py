@@ -95,7 +95,7 @@ def test_a_running_scale_remembers_other_groups() -> None:
     assert set(composer.scales) == {"a"}
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30))
+@given(st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=2, max_size=30))
 def test_a_running_scale_has_the_mean_and_variance_of_all_it_saw(values: list[float]) -> None:
     scale = RunningScale()
     scale.add(np.array(values[:1]))
