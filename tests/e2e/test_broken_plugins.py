@@ -69,6 +69,14 @@ class Finished:
     largest: int  # resident bytes of the largest process that was seen
 
 
+def resident(process: psutil.Process) -> int:
+    """Bytes; 0 once it has gone, which it may do while one looks."""
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     folder = tmp_path_factory.mktemp("broken")
@@ -85,7 +93,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
             try:
                 job.watch(until="\0never", seconds=1)
             except AssertionError:
-                largest = max([largest, *(p.memory_info().rss for p in job.family if p.is_running())])
+                largest = max([largest, *map(resident, job.family)])
                 assert job.process.create_time() + 540 > time.time(), job.text
         assert job.process.returncode == 0, job.text
         (run,) = (p for p in (folder / "runs").iterdir() if p.is_dir())
