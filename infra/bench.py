@@ -6,12 +6,15 @@ machine that slows down for a while then slows both.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 from infra.errors import UsageError
@@ -50,13 +53,22 @@ def run_benchmark(name: str, folder: Path = FOLDER) -> dict[str, Any]:
     known = find_benchmarks(folder)
     if name not in known:
         raise UsageError(f"no benchmark {name!r}; there are: {', '.join(known) or f'none in {folder}'}")
-    spec = importlib.util.spec_from_file_location(f"polyrl_bench_{name}", known[name])
+    module = load(name, known[name])
+    figures: Figures = module.bench()
+    return {"bench": name, "machine": machine(), "figures": {figure: summary(values) for figure, values in figures.items()}}
+
+
+def load(name: str, path: Path) -> ModuleType:
+    """The benchmark's module. One of ours by its real name, so that processes which it starts can import it as well."""
+    if path.parent == FOLDER:
+        sys.path.append(str(FOLDER.parents[1]))
+        return importlib.import_module(f"tests.benchmarks.{name}")
+    spec = importlib.util.spec_from_file_location(f"polyrl_bench_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    figures: Figures = module.bench()
-    return {"bench": name, "machine": machine(), "figures": {figure: summary(values) for figure, values in figures.items()}}
+    return module
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
