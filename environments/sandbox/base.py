@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -17,6 +18,8 @@ LANGUAGES = ("python",)
 """What `runner.py` knows how to run."""
 
 _FIRST_UID, _UIDS_PER_PROCESS = 100_000_000, 256
+PROGRAMS = itertools.count()
+"""Numbers the programs of this process, whichever backend runs them."""
 
 
 class SandboxUnavailable(RuntimeError):
@@ -134,7 +137,7 @@ class Gate:
 def unprivileged_uid(number: int) -> int:
     """A uid that owns nothing and that no other program runs as at the same time, whichever process of ours started it.
 
-    `number` counts the programs of this process. Limits on the number of processes count per uid, and so do zombies that nobody has
+    `number` is the next of PROGRAMS. Limits on the number of processes count per uid, and so do zombies that nobody has
     collected yet: a uid that comes back soon would let a fork bomb, or a lazy process 1, fail its neighbours.
     """
     return _FIRST_UID + os.getpid() * _UIDS_PER_PROCESS + number % _UIDS_PER_PROCESS

@@ -10,7 +10,6 @@ standard library of Python, four devices, and a sized /tmp. There is no /proc, n
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import signal
@@ -45,7 +44,6 @@ class BubblewrapSandbox(Sandbox):
         self._bwrap = _find_bwrap()
         self._gate = Gate(width or base.default_width())
         self._cgroups = CgroupFactory()
-        self._programs = itertools.count()
         self._source = base.runner_source()
         try:
             self._seccomp = filter_program()
@@ -116,7 +114,7 @@ class BubblewrapSandbox(Sandbox):
         # clears its capabilities; the bounding set stays, and means nothing as bwrap forbids new privileges.
         uid, identity = 0, ["--unshare-user", "--uid", "65534", "--gid", "65534"]
         if os.geteuid() == 0:
-            uid, identity = base.unprivileged_uid(next(self._programs)), ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+            uid, identity = base.unprivileged_uid(next(base.PROGRAMS)), ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         return [
             str(self._bwrap),
             "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",

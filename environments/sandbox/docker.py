@@ -10,7 +10,6 @@ removes what was left.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import threading
 import time
@@ -45,7 +44,6 @@ class DockerSandbox(Sandbox):
         self._gate = Gate(width)
         self._warm_size = 2 * width if warm is None else warm
         self._local = threading.local()
-        self._counter = itertools.count()
         self._pool: deque[Container] = deque()
         self._leftover: list[Container] = []  # used, and the engine did not answer when they were to be removed
         self._lock = threading.Lock()
@@ -173,7 +171,7 @@ class DockerSandbox(Sandbox):
 
     def _create(self, limits: Limits) -> Container:
         api = self._api()
-        uid = base.unprivileged_uid(next(self._counter))
+        uid = base.unprivileged_uid(next(base.PROGRAMS))
         made = api.create_container(
             IMAGE,
             entrypoint=["/usr/bin/python3"],  # whatever the image says
