@@ -48,7 +48,7 @@ class Transition:
 
 
 class EnvSession(Protocol):
-    """One episode of one environment, wherever it runs (an EnvHost actor in a run)."""
+    """One episode of one environment, wherever it runs (a HostActor in a run)."""
 
     async def reset(self) -> Observation: ...
     async def step(self, turn: Turn) -> Transition: ...

@@ -1,6 +1,6 @@
 """RolloutWorker: the Ray actor that turns a task into a scored group.
 
-run_group:  task, drafts --> G episodes beside each other (engine here, environments in EnvHost actors) --> Group
+run_group:  task, drafts --> G episodes beside each other (engine here, environments in HostActors) --> Group
 """
 
 from __future__ import annotations
