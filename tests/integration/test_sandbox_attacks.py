@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import docker
 import pytest
 
 from environments.code import MAX_PROGRAM_CHARS, CodeEnv, judged
 from environments.sandbox import Limits, Sandbox, base
 from environments.sandbox.bubblewrap import BubblewrapSandbox
 from environments.sandbox.choose import close_sandboxes
+from environments.sandbox.containers import OWNER, owner
 from rl_core.types import Status, Turn
 from tests.integration.attacks import ATTACKS, BY_NAME, CANARY_FOLDER, CLASSES, MARK, Attack
 from tests.integration.sandboxes import BACKENDS, HONEST, SHORT, Attempt, attempt, open_backend, soon
@@ -108,7 +110,18 @@ def watch_processes(found: Battle, over: threading.Event) -> None:
 
 
 def mounts() -> int:
-    return len(read(Path("/proc/self/mounts")).splitlines())
+    """The host's, but for those of containers: other test processes keep some warm meanwhile. Ours are counted by the engine."""
+    points = [line.split()[1] for line in read(Path("/proc/self/mounts")).splitlines()]
+    return sum("/overlay2/" not in point and "/containers/" not in point for point in points)
+
+
+def containers_of_ours() -> list[str]:
+    """Ids of this process's containers, where an engine answers."""
+    try:
+        engine = docker.APIClient(**docker.utils.kwargs_from_env())
+        return [found["Id"] for found in engine.containers(all=True, filters={"label": f"{OWNER}={owner()}"})]
+    except docker.errors.DockerException:
+        return []
 
 
 def read(path: Path) -> str:
@@ -154,6 +167,7 @@ def test_the_host_is_as_it_was(battle: Battle) -> None:
     close_sandboxes()  # the one that this process shares among tests keeps containers warm
     assert soon(lambda: not sandboxed()), sandboxed()
     assert soon(lambda: mounts() <= battle.mounts_before), mounts()
+    assert soon(lambda: not containers_of_ours()), containers_of_ours()
     assert not [p for p in Path("/sys/fs/cgroup").glob(f"*/polyrl-{os.getpid()}-*") if p.is_dir()]
     assert not [p for folder in ("/tmp", "/dev/shm", ".") for p in Path(folder).glob(f"{MARK}*")]
     assert not Path(CANARY_FOLDER).exists()
