@@ -19,9 +19,10 @@ import torch
 from environments.registry import resolve
 from infra.ray_cluster import start_local
 from learner.model import PolicyModel
+from rl_core.chat import ChatML
 from rl_core.config import RunConfig
 from rl_core.config_files import parse_config
-from rl_core.drafts import read_drafts
+from rl_core.drafts import CUT_OFF, Draft, read_drafts
 from rl_core.seams import GroupResult
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, SamplingParams, Status, Task, Turn
 from rollout_workers import hosts as hosts_module
@@ -210,10 +211,17 @@ def test_a_killed_workers_rollouts_go_on_and_it_is_back_after_a_verified_update(
     engines = engine_processes()
     names = [f"killed-{i}" for i in range(8)]
 
+    chat = ChatML(SEED_MODEL)
+
+    def goes_on(draft: Draft) -> bool:
+        """Amid a turn, or after one that called a tool: tokens must follow. After another turn only the verdict may."""
+        last = draft.completions[-1]
+        calls = not (turn := chat.parse(last.token_ids)).malformed and bool(turn.tool_calls)
+        return draft.end is None and (last.finish_reason == CUT_OFF or (calls and len(draft.completions) <= 3))
+
     def begun() -> int:
-        """Rollouts that have said a turn and are not finished."""
         drafts = read_drafts(running.run_dir / "drafts", names)
-        return sum(d.end is None for mine in drafts.values() for d in mine.values())
+        return sum(goes_on(d) for mine in drafts.values() for d in mine.values())
 
     async def kill_amid_work() -> tuple[list[GroupResult], Sequence[Receipt]]:
         spec = running.spec("tools")
