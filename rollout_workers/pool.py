@@ -29,6 +29,7 @@ from rl_core.types import EpisodeSpec, Receipt, Task
 from rollout_workers.engine import EngineError
 from rollout_workers.hosts import HostSet, start_hosts
 from rollout_workers.rewards import RewardActors
+from rollout_workers.routing import Routing
 from rollout_workers.worker import Job, RolloutWorker
 
 T = TypeVar("T")
@@ -58,8 +59,6 @@ class Place:
     actor: Any = None
     groups: set[str] = field(default_factory=set)
     """Under way here."""
-    up: bool = True
-    """False from its death until the next one serves."""
     restarts: int = 0
     control: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the worker starts or loads weights, so that a restart and a publication cannot overtake each other."""
@@ -79,7 +78,8 @@ class Pool:
         self._reading: dict[Any, asyncio.Future[dict[str, Drafts]]] = {}  # by dead worker
         self._reviving: set[asyncio.Future[None]] = set()
         self._rewards = RewardActors()
-        self._places = [Place(name=f"w{i}") for i in range(config.rollout.num_workers)]
+        self._places = {(name := f"w{i}"): Place(name=name) for i in range(config.rollout.num_workers)}
+        self._routing = Routing(self._places)
 
     @staticmethod
     async def start(config: RunConfig, *, run_dir: Path | None = None, unfinished: Collection[str] = ()) -> Pool:
@@ -92,7 +92,7 @@ class Pool:
             pool._hosts = start_hosts(config)
             pool._drafts = await pool._left(unfinished)
             pool._rewards = await RewardActors.start(config)
-            await asyncio.gather(*(pool._start_worker(place) for place in pool._places))
+            await asyncio.gather(*(pool._start_worker(place) for place in pool._places.values()))
         except BaseException:
             await pool.aclose()
             raise
@@ -106,7 +106,7 @@ class Pool:
         job = replace(job, drafts=self._young_enough(self._drafts.pop(group_id, {})))
         deaths: list[str] = []
         while True:
-            place = await self._least_busy()
+            place = await self._next_place()
             actor = place.actor
             place.groups.add(group_id)
             try:
@@ -118,6 +118,7 @@ class Pool:
                 await self._revive(place, actor, death)
             finally:
                 place.groups.discard(group_id)
+                self._routing.give_back(place.name)
             job = replace(job, drafts=self._young_enough(left.get(group_id, {})))
 
     def settle(self, unfinished: Collection[str]) -> None:
@@ -146,13 +147,13 @@ class Pool:
     async def load_weights(self, version: int, weights: Ref) -> Sequence[Receipt]:
         """Publish `weights` (a reference to a safetensors blob) to every engine."""
         self.latest = (version, weights)
-        return list(await asyncio.gather(*(self._publish(place, version, weights) for place in self._places)))
+        return list(await asyncio.gather(*(self._publish(place, version, weights) for place in self._places.values())))
 
     async def aclose(self) -> None:
         """End everything that this pool started."""
         for reviving in self._reviving:
             reviving.cancel()
-        actors = [place.actor for place in self._places if place.actor is not None]
+        actors = [place.actor for place in self._places.values() if place.actor is not None]
         stops = [asyncio.ensure_future(as_future(actor.shutdown.remote())) for actor in actors]
         if stops:
             _, late = await asyncio.wait(stops, timeout=STOP_TIMEOUT_S)
@@ -167,7 +168,7 @@ class Pool:
             await asyncio.gather(*ends, return_exceptions=True)
         for actor in [*actors, *self._hosts.all]:
             ray.kill(actor)
-        for place in self._places:
+        for place in self._places.values():
             place.actor = None
         self._hosts = HostSet()
         self._rewards.close()
@@ -218,7 +219,7 @@ class Pool:
     async def _revive(self, place: Place, dead: Any, death: BaseException) -> None:
         """Restart the worker in `place`, unless somebody has done so since `dead` was seen dead. Waits for it if no other is up."""
         if place.actor is dead:
-            place.up = False
+            self._routing.down(place.name)
 
         async def restart() -> None:
             async with place.control:
@@ -226,7 +227,7 @@ class Pool:
                     await self._restart(place, death)
 
         reviving = asyncio.ensure_future(restart())
-        if not any(p.up for p in self._places):
+        if not self._routing.any_up():
             await reviving
             return
         self._reviving.add(reviving)  # should it fail, the next publication fails for the same reason, and ends the run
@@ -237,17 +238,17 @@ class Pool:
         if not done.cancelled() and done.exception() is not None:
             log.error("a worker did not come back: %s", done.exception())
 
-    async def _least_busy(self) -> Place:
-        """Of the workers that are up; starts one again if there is none."""
-        while not (up := [p for p in self._places if p.up]):
-            place = self._places[0]
+    async def _next_place(self) -> Place:
+        """Of the least busy worker; starts one again if none is up."""
+        while (worker := self._routing.take()) is None:
+            place = next(iter(self._places.values()))
             async with place.control:
-                if not place.up:
+                if not self._routing.is_up(place.name):
                     await self._restart(place, EngineError(f"worker {place.name} is gone"))
-        return min(up, key=lambda p: len(p.groups))
+        return self._places[worker]
 
     async def _restart(self, place: Place, death: BaseException) -> Any:
-        place.up = False
+        self._routing.down(place.name)
         while True:
             place.restarts += 1
             if place.restarts > MAX_RESTARTS:
@@ -255,7 +256,7 @@ class Pool:
             ray.kill(place.actor)
             try:
                 receipt = await self._start_worker(place)
-                place.up = True
+                self._routing.up(place.name)
                 return receipt
             except DEATHS as again:
                 death = again

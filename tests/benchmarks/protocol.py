@@ -8,9 +8,9 @@ journal_groups_per_s           groups per second that a journal on this disk mak
 peak_mib                       largest resident memory of the driver's process over all of these runs
 growth_mib                     its growth from the first measured step to the last, at 100 workers
 
-What is real: `train`, Mixer, Breaker, DurableQueue, ReplayQueue, a Ledger in SQLite on disk, and in a process of its own, as a learner's
-rank is, the batcher. A group's 64 KiB (8 rollouts) travel by reference: the driver never touches them, the batcher reads them.
-What is not: engines, which finish the oldest group of each worker at once; gradients; the record, which keeps nothing.
+What is real: `train`, Mixer, Breaker, DurableQueue, ReplayQueue, the pool's Routing, a Ledger in SQLite on disk, and in a process of its
+own, as a learner's rank is, the batcher. A group's 64 KiB (8 rollouts) travel by reference: the driver never touches them, the batcher
+reads them. What is not: engines, whose groups end as fast as they are trained; gradients; the record, which keeps nothing.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ from rl_core.types import (
     Verdict,
     VersionSpan,
 )  # fmt: skip
+from rollout_workers.routing import Routing
 
 SHARES = {"math": 1.0, "code": 1.0, "tools": 1.0, "long_context": 0.5}
 SPEC = EpisodeSpec(group_size=8, sampling=SamplingParams(max_tokens=512), max_turns=1, max_total_tokens=4096, timeout_s=60.0)
@@ -63,7 +64,9 @@ GROUP_BYTES = 64 << 10
 PAYLOADS = 32
 """Different groups that the references lead to."""
 
-PER_STEP = 1000
+PER_STEP, AHEAD, PER_TURN = 1000, 2, 100
+"""Groups of a step; steps whose groups wait in the queue; groups that end in one turn of the event loop."""
+
 WARMUP_STEPS, STEPS = 3, 20
 REPETITIONS = 2
 
@@ -117,24 +120,31 @@ def measure(
 
 
 class Workers:
-    """Each worker ends its oldest group in every turn of the event loop; none does before all places are taken once."""
+    """Engines that cost nothing. They hold their groups until all places are taken; from then on as many end as train, those that
+    started first. So what is in flight stays in flight, and a step has the same work for any number of workers.
+
+    A group's worker is chosen as the pool chooses it, and each worker has a receipt for every version.
+    """
 
     def __init__(self, count: int, *, fill: int) -> None:
-        self._queues: list[deque[asyncio.Future[None]]] = [deque() for _ in range(count)]
-        self._next = itertools.cycle(range(count))
+        self._names = [f"w{i}" for i in range(count)]
+        self._routing = Routing(self._names)
+        self._open: deque[asyncio.Future[None]] = deque()
         self._left_to_fill, self._version = fill, 0
+        self._owed, self._ending = 0, False
 
     async def run_group(self, group_id: str, task: Task, spec: EpisodeSpec) -> GroupResult:
-        version, worker = self._version, self._queues[next(self._next)]
+        version, worker = self._version, self._routing.take()
+        assert worker is not None
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        worker.append(done)
+        self._open.append(done)
         self._left_to_fill -= 1
         if self._left_to_fill == 0:
-            for queue in self._queues:
-                self._turn(queue)
-        elif self._left_to_fill < 0 and len(worker) == 1:
-            asyncio.get_running_loop().call_soon(self._turn, worker)
+            self._owe(AHEAD * PER_STEP)
+        elif self._owed:
+            self._owe(0)
         await done
+        self._routing.give_back(worker)
         return GroupResult(
             ref=int(group_id[1:]) % PAYLOADS, group_id=group_id, env=task.env, task_key=task.key, num_trainable=8, has_signal=True,
             min_version=version, max_version=self._version, rewards=(0.0, 1.0) * 4, statuses=("ok",) * 8, sampled_tokens=4096,
@@ -143,14 +153,25 @@ class Workers:
 
     async def load_weights(self, version: int, weights: Ref) -> Sequence[Receipt]:
         self._version = version
-        return [Receipt(worker="w0", version=version, pause_s=0.0, num_bytes=0, probe=())]
+        if version:
+            self._owe(PER_STEP)
+        return [Receipt(worker=name, version=version, pause_s=0.0, num_bytes=0, probe=()) for name in self._names]
 
-    def _turn(self, queue: deque[asyncio.Future[None]]) -> None:
-        if queue:
-            done = queue.popleft()
-            if not done.done():  # the run has ended
+    def _owe(self, more: int) -> None:
+        """`more` groups shall end, PER_TURN in each turn of the event loop; those that have not started yet, when they have."""
+        self._owed += more
+        if not self._ending:
+            self._ending = True
+            asyncio.get_running_loop().call_soon(self._end)
+
+    def _end(self) -> None:
+        for _ in range(min(self._owed, PER_TURN, len(self._open))):
+            self._owed -= 1
+            if not (done := self._open.popleft()).done():  # else the run has ended
                 done.set_result(None)
-            asyncio.get_running_loop().call_soon(self._turn, queue)
+        self._ending = False
+        if self._owed and self._open:
+            self._owe(0)
 
 
 class Learner:

@@ -237,7 +237,7 @@ def test_a_killed_workers_rollouts_go_on_and_it_is_back_after_a_verified_update(
     results, (receipt,) = running.run(kill_amid_work())
     assert sorted(r.group_id for r in results) == sorted(names)
     assert (receipt.version, {s.version for c in receipt.probe for s in c.spans}) == (9, {9})
-    assert running.pool._places[0].restarts == 1
+    assert running.pool._places["w0"].restarts == 1
     again = [r for r in results if r.attempts == 2]
     assert sum(r.continued for r in again) >= 4
     assert all(r.history.startswith("worker w0 died: ") for r in again)

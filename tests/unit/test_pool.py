@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from rl_core.drafts import Draft, Drafts
 from rl_core.seams import GroupResult
 from rollout_workers.engine import EngineError
 from rollout_workers.pool import MAX_RESTARTS, Place, Pool, PoolError
+from rollout_workers.routing import Routing
 from rollout_workers.worker import Job
 from tests.unit.fakes import SPEC, group_result, tasks
 from tests.unit.test_drafts import completion
@@ -35,7 +37,7 @@ class Workers(Pool):
         self.restarting = asyncio.Event()
         self.may_come_back = asyncio.Event()
         self.broken = {"w0.0"}
-        for place in self._places:
+        for place in self._places.values():
             place.actor = f"{place.name}.0"
 
     async def _on(self, actor: Any, job: Job) -> GroupResult:
@@ -49,13 +51,14 @@ class Workers(Pool):
         return dict.fromkeys(groups, self.left)
 
     async def _restart(self, place: Place, death: BaseException) -> Any:
-        place.up = False
+        self._routing.down(place.name)
         place.restarts += 1
         self.restarting.set()
         await self.may_come_back.wait()
         if place.restarts > MAX_RESTARTS:
             raise PoolError("too often")
-        place.actor, place.up = f"{place.name}.{place.restarts}", True
+        place.actor = f"{place.name}.{place.restarts}"
+        self._routing.up(place.name)
 
 
 def draft(version: int) -> Draft:
@@ -69,12 +72,12 @@ async def test_a_group_goes_on_at_once_on_a_worker_that_is_up() -> None:
     assert (result.attempts, result.continued) == (2, 2)
     assert result.history == "worker w0 died: 0 rollouts kept, 2 continued, 2 started again"
     await pool.restarting.wait()
-    assert not pool._places[0].up, "it is being restarted meanwhile, and gets no group"
+    assert not pool._routing.is_up("w0"), "it is being restarted meanwhile, and gets no group"
     assert (await pool.run_group("h", TASK, SPEC)).history == ""
     pool.may_come_back.set()
     await asyncio.sleep(0.01)
-    assert (pool._places[0].actor, pool._places[0].up) == ("w0.1", True)
-    assert not any(p.groups for p in pool._places)
+    assert (pool._places["w0"].actor, pool._routing.is_up("w0")) == ("w0.1", True)
+    assert not any(p.groups for p in pool._places.values())
 
 
 async def test_without_another_worker_groups_wait_for_the_restart_and_new_ones_do_too() -> None:
@@ -112,3 +115,34 @@ async def test_a_worker_that_never_comes_back_ends_the_run_with_a_sentence() -> 
     pool.broken = {f"w0.{life}" for life in range(99)}
     with pytest.raises(PoolError):
         await pool.run_group("g", TASK, SPEC)
+
+
+def test_the_least_busy_worker_that_is_up_takes_the_next_group() -> None:
+    """Against the plain rule, over many random turns."""
+    dice, names = random.Random(0), [f"w{i}" for i in range(5)]
+    routing, busy, up, busiest = Routing(names), dict.fromkeys(names, 0), set(names), 0
+    for _ in range(5000):
+        match dice.choice(("take", "take", "give back", "give back", "down", "up")):
+            case "take":
+                worker = routing.take()
+                assert (worker is None) == (not up) == (not routing.any_up())
+                if worker is not None:
+                    assert worker in up
+                    assert busy[worker] == min(busy[w] for w in up)
+                    busy[worker] += 1
+                    busiest = max(busiest, busy[worker])
+            case "give back" if having := [w for w in names if busy[w]]:
+                worker = dice.choice(having)
+                busy[worker] -= 1
+                routing.give_back(worker)
+            case "down":
+                worker = dice.choice(names)
+                up.discard(worker)
+                routing.down(worker)
+            case "up":
+                worker = dice.choice(names)
+                up.add(worker)
+                routing.up(worker)
+    assert busiest > 3
+    with pytest.raises(ValueError, match="w0 has no group"):
+        Routing(["w0"]).give_back("w0")
