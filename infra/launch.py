@@ -11,7 +11,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from environments.levels import leveled_tasks
 from environments.registry import resolve
 from environments.sources import guarded
 from infra.audit.gate import AuditedWorkers
+from infra.queue_actor import QueueActor
 from infra.ray_cluster import connect
 from learner.actor import LearnerGroup
 from rl_core.bad_steps import TooManyBadSteps
@@ -39,7 +40,6 @@ from rl_core.ledger import Ledger, State
 from rl_core.loop import Budget, RunError, train
 from rl_core.mixer import Mixer
 from rl_core.recovery import recover
-from rl_core.replay_queue import ReplayQueue
 from rl_core.run_store import RunStore, StoredRun
 from rl_core.seams import GroupResult, RolloutWorkers
 from rl_core.types import EpisodeSpec, SamplingParams, StepStats, Task
@@ -332,29 +332,6 @@ class Watch:
         if self._during is not None:
             await self._during
             self._during = None
-
-
-class QueueActor:
-    """The replay queue in an actor of its own. A call is sent when it is made; what it returns is awaited for the answer."""
-
-    def __init__(self, window: int, parts: AsyncExitStack) -> None:
-        self._actor = ray.remote(ReplayQueue).options(num_cpus=0).remote(window)  # type: ignore[attr-defined]
-        parts.callback(ray.kill, self._actor)
-
-    def restore(self, groups: Mapping[int, GroupResult | None], overtakers: Sequence[int]) -> Any:
-        return self._actor.restore.remote(groups, overtakers)
-
-    def start(self, ticket: int) -> Any:
-        return self._actor.start.remote(ticket)
-
-    def put(self, ticket: int, result: GroupResult) -> Any:
-        return self._actor.put.remote(ticket, result)
-
-    def drop(self, ticket: int) -> Any:
-        return self._actor.drop.remote(ticket)
-
-    def take(self, count: int) -> Any:
-        return self._actor.take.remote(count)
 
 
 def episode_spec(env: EnvironmentConfig, num_workers: int = 1) -> EpisodeSpec:

@@ -9,10 +9,10 @@ Both wrap whatever the composition root starts (actors in a run, fakes in a simu
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from rl_core.seams import GroupResult, Ref
@@ -28,20 +28,20 @@ MAX_DEATHS_IN_A_ROW = 5
 
 
 class RawQueue(Protocol):
-    """A `ReplayQueue`, wherever it runs. Calls reach it in the order in which they are made."""
+    """A `ReplayQueue`, wherever it runs. Calls reach it in the order in which they are made, whether or not they are awaited."""
 
-    def restore(self, groups: Mapping[int, GroupResult | None], overtakers: Sequence[int]) -> Awaitable[None]: ...
-    def start(self, ticket: int) -> Awaitable[None]: ...
-    def put(self, ticket: int, result: GroupResult) -> Awaitable[None]: ...
-    def drop(self, ticket: int) -> Awaitable[None]: ...
-    def take(self, count: int) -> Awaitable[list[GroupResult]]: ...
+    def restore(self, groups: Mapping[int, GroupResult | None], overtakers: Sequence[int]) -> asyncio.Future[None]: ...
+    def start(self, ticket: int) -> asyncio.Future[None]: ...
+    def put(self, ticket: int, result: GroupResult) -> asyncio.Future[None]: ...
+    def drop(self, ticket: int) -> asyncio.Future[None]: ...
+    def take(self, count: int) -> asyncio.Future[list[GroupResult]]: ...
 
 
 class DurableQueue:
     """A replay queue that survives its actor. References to groups are held here, so they survive it too.
 
-    The note of a change is made, and the change sent, without a pause in between: a queue that is made anew from the notes holds
-    all that was sent to the old one.
+    A change is noted, then sent, without a pause in between: a queue that is made anew from the notes holds all that was sent to
+    the old one. So nobody waits until a change has arrived; only `take` waits for an answer, which stands on all changes before it.
     """
 
     def __init__(
@@ -57,30 +57,30 @@ class DurableQueue:
         self._ready = {result.group_id: (ticket, result) for ticket, result in groups.items() if result is not None}
         self._overtakers = list(overtakers)
         self._queue = make()
-        self._restoring: Awaitable[None] | None = None
+        self._failure: BaseException | None = None
         self.restarts = 0
 
     async def open(self) -> None:
         """Hand on what the queue starts with."""
-        await self._send("restore", self._groups(), list(self._overtakers))
+        self._tell("restore", self._groups(), list(self._overtakers))
 
     async def start(self, ticket: int) -> None:
         self._running[ticket] = None
-        await self._send("start", ticket)
+        self._tell("start", ticket)
 
     async def put(self, ticket: int, result: GroupResult) -> None:
         del self._running[ticket]
         self._ready[result.group_id] = (ticket, result)
-        await self._send("put", ticket, result)
+        self._tell("put", ticket, result)
 
     async def drop(self, ticket: int) -> None:
         del self._running[ticket]
-        await self._send("drop", ticket)
+        self._tell("drop", ticket)
 
     async def take(self, count: int) -> list[GroupResult]:
-        taken: list[GroupResult] | None = None
+        taken = None
         while taken is None:
-            taken = await self._send("take", count)
+            taken = await self._ask(count)
         mine = [self._ready.pop(result.group_id)[0] for result in taken]
         oldest = next(iter(self._running), None)
         self._overtakers = [] if oldest is None else [t for t in (*self._overtakers, *mine) if t > oldest]
@@ -90,32 +90,49 @@ class DurableQueue:
         """By ticket; None: it runs."""
         return {**dict.fromkeys(self._running), **dict(self._ready.values())}
 
-    async def _send(self, method: str, *arguments: Any) -> Any:
-        """The queue's answer, or None if it died: a new one has what this call said."""
+    async def _ask(self, count: int) -> list[GroupResult] | None:
+        """The queue's answer, or None if it died meanwhile: a new one must be asked."""
         queue = self._queue
         try:
-            answer = await getattr(queue, method)(*arguments)
+            taken = await queue.take(count)
         except self._deaths as death:
-            if self._queue is queue:
-                self._revive(death)
+            self._died(queue, death)
             return None
+        finally:
+            self._raise_failure()
         self.restarts = 0
-        return answer
+        return taken
 
-    def _revive(self, death: BaseException) -> None:
+    def _tell(self, method: str, *arguments: Any) -> None:
+        self._raise_failure()
+        queue = self._queue
+        getattr(queue, method)(*arguments).add_done_callback(partial(self._heard, queue))
+
+    def _heard(self, queue: RawQueue, answer: asyncio.Future[None]) -> None:
+        if answer.cancelled() or (error := answer.exception()) is None:
+            return
+        if isinstance(error, self._deaths):
+            self._died(queue, error)
+        else:
+            self._failure = error
+
+    def _died(self, queue: RawQueue, death: BaseException) -> None:
+        """A new queue in the place of `queue`, unless there is one already."""
+        if self._queue is not queue or self._failure is not None:
+            return
         self.restarts += 1
         if self.restarts > MAX_DEATHS_IN_A_ROW:
-            raise RuntimeError(f"the replay queue died {self.restarts} times in a row; the last time: {death}") from death
+            self._failure = RuntimeError(f"the replay queue died {self.restarts} times in a row; the last time: {death}")
+            self._failure.__cause__ = death
+            return
         log.warning("the replay queue died (%s); a new one goes on with %d groups", death, len(self._running) + len(self._ready))
         self._queue = self._make()
-        restored = self._queue.restore(self._groups(), list(self._overtakers))
-        self._restoring = asyncio.ensure_future(_quietly(restored, self._deaths))
+        self._tell("restore", self._groups(), list(self._overtakers))
 
-
-async def _quietly(work: Awaitable[None], deaths: Deaths) -> None:
-    """A queue that dies while it is restored is found dead by the next call."""
-    with contextlib.suppress(*deaths):
-        await work
+    def _raise_failure(self) -> None:
+        """What a change that nobody waited for came to."""
+        if self._failure is not None:
+            raise self._failure
 
 
 class RawLearner(Protocol):

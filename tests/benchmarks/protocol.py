@@ -22,12 +22,13 @@ import logging
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -221,32 +222,25 @@ class StepClock:
 
 
 class LocalQueue:
-    """The true queue in this process, with the actor's awaits."""
+    """The true queue in this process; answers are there in the next turn of the event loop, as an actor's are at the earliest."""
 
     def __init__(self, window: int) -> None:
         self._queue = ReplayQueue(window)
 
-    async def restore(self, groups: Mapping[int, GroupResult | None], overtakers: Sequence[int]) -> None:
-        self._queue.restore(groups, overtakers)
+    def __getattr__(self, method: str) -> Callable[..., asyncio.Future[Any]]:
+        def call(*arguments: Any) -> asyncio.Future[Any]:
+            answer = asyncio.get_running_loop().create_future()
+            answer.set_result(getattr(self._queue, method)(*arguments))
+            return answer
 
-    async def start(self, ticket: int) -> None:
-        self._queue.start(ticket)
-
-    async def put(self, ticket: int, result: GroupResult) -> None:
-        self._queue.put(ticket, result)
-
-    async def drop(self, ticket: int) -> None:
-        self._queue.drop(ticket)
-
-    async def take(self, count: int) -> list[GroupResult]:
-        return self._queue.take(count)
+        return call
 
 
 def on_ray(rate: Callable[[Callable[[int], RawQueue]], float]) -> list[float]:
     """`rate` for a queue in an actor, once."""
     import ray
 
-    from infra.launch import QueueActor
+    from infra.queue_actor import QueueActor
     from infra.ray_cluster import start_local
 
     start_local(num_cpus=4, object_store_memory=256 << 20)

@@ -75,8 +75,8 @@ BUGS: dict[str, tuple[ModuleType, str, str]] = {
     ),
     "a new queue starts empty": (
         rl_core.durable,
-        "restored = self._queue.restore(self._groups(),",
-        "restored = self._queue.restore({},",
+        '        self._queue = self._make()\n        self._tell("restore", self._groups(),',
+        '        self._queue = self._make()\n        self._tell("restore", {},',
     ),
     "a batch trains one by one": (
         rl_core.ledger,
