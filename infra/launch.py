@@ -343,6 +343,7 @@ def episode_spec(env: EnvironmentConfig, num_workers: int = 1) -> EpisodeSpec:
         max_total_tokens=env.max_total_tokens,
         timeout_s=env.timeout_s,
         concurrency=math.ceil(env.concurrency / num_workers),
+        thinking_budget=env.thinking_budget,
     )
 
 

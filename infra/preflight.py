@@ -12,6 +12,7 @@ from environments.registry import resolve
 from environments.sandbox import SandboxUnavailable, choose_sandbox
 from environments.sandbox.choose import close_sandboxes
 from infra.errors import UsageError
+from rl_core.chat import chat_format
 from rl_core.config import RunConfig
 from rl_core.rewards import DERIVED, unknown_component
 
@@ -31,6 +32,7 @@ def preflight(config: RunConfig, *, runs_here: bool = True) -> None:
     for name in config.environments:
         check_environment(config, name)
     check_speculation(config)
+    check_thinking(config)
     check_disk(Path(config.runs_dir))
     if runs_here:
         for name in config.environments:
@@ -93,6 +95,21 @@ def check_disk(folder: Path) -> None:
         raise PreflightError(
             f"runs_dir: the disk of {str(existing)!r} has {free:.2f} GiB free, wanted at least {MIN_FREE_GIB:.0f}; "
             f"free some space, or give a folder on another disk with runs_dir=PATH"
+        )
+
+
+def check_thinking(config: RunConfig) -> None:
+    """A thought can only be closed at its budget where the markers are tokens."""
+    capped = {name: env.thinking_budget for name, env in config.environments.items() if env.thinking_budget is not None}
+    try:
+        markers = chat_format(config.model.path).think_ids if capped else None
+    except ValueError as error:
+        raise PreflightError(f"model.path: {error}") from error
+    if capped and markers is None:
+        name, budget = next(iter(capped.items()))
+        raise PreflightError(
+            f"environments.{name}.thinking_budget is {budget}, but the tokenizer of {config.model.path!r} has no tokens <think> and "
+            f"</think>; set it to null"
         )
 
 

@@ -62,6 +62,8 @@ class ChatML:
         self._newline = self.encode("\n")
         self._header = [self._start, *self.encode("assistant\n")]
         self.stop_ids: tuple[int, ...] = (self._end,)
+        both = THINK in self._marker_ids and THINK_END in self._marker_ids
+        self.think_ids = (self._marker_ids[THINK], self._marker_ids[THINK_END]) if both else None
 
     def _required(self, token: str, path: Path) -> int:
         found = self.tokenizer.token_to_id(token)

@@ -87,6 +87,8 @@ class EnvironmentConfig:
     """Assistant turns per episode."""
     max_total_tokens: int = 4096
     """Prompt and sampled tokens of a whole episode; must fit rollout.max_model_len."""
+    thinking_budget: int | None = None
+    """Reasoning tokens per turn, after which the thought is closed and the turn goes on; 0 closes it at once, null is no cap."""
     temperature: float = 1.0
     """Sampling temperature; the learner trains against the same."""
     timeout_s: float = 120.0

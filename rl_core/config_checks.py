@@ -61,6 +61,8 @@ def validate(config: RunConfig) -> None:
         _at_least(at + "group_size", env.group_size, 2, "advantages are relative within a group")
         for knob in ("max_tokens", "max_turns", "max_total_tokens"):
             _at_least(at + knob, getattr(env, knob), 1)
+        if env.thinking_budget is not None:
+            _at_least(at + "thinking_budget", env.thinking_budget, 0, "0 closes every thought at once, null is no cap")
         _above(at + "timeout_s", env.timeout_s, 0)
         _above(at + "call_timeout_s", env.call_timeout_s, 0)
         _at_least(at + "concurrency", env.concurrency, 0, "0 is no cap")

@@ -166,6 +166,7 @@ def joined(first: Completion, rest: Completion) -> Completion:
         engine_steps=first.engine_steps + rest.engine_steps,
         drafted=first.drafted + rest.drafted,
         accepted=first.accepted + rest.accepted,
+        forced=(*first.forced, *(split + place for place in rest.forced)),
     )
 
 

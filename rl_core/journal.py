@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.int32())),
         ("logprobs", pa.list_(pa.float32())),
-        ("meta", pa.string()),  # JSON: spans, finish_reason, engine_steps, drafted, accepted
+        ("meta", pa.string()),  # JSON: spans, finish_reason, engine_steps, drafted, accepted, forced
     ]
 )
 OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
@@ -169,7 +169,7 @@ def rollout_header(rollout: Rollout) -> dict[str, Any]:
     return {
         "id": rollout.id, "worker": rollout.worker, "started_at": rollout.started_at, "seconds": rollout.seconds,
         "verdict": asdict(rollout.verdict), "messages": [[m.role, m.content] for m in rollout.messages],
-        "turns": [asdict(t) for t in rollout.turns], "truncated": rollout.truncated,
+        "turns": [asdict(t) for t in rollout.turns], "truncated": rollout.truncated, "thinking_tokens": rollout.thinking_tokens,
     }  # fmt: skip
 
 
@@ -184,6 +184,7 @@ def to_rollout(head: dict[str, Any], completions: Sequence[Completion], *, env: 
         verdict=Verdict(**(head["verdict"] | {"status": Status(head["verdict"]["status"])})),
         turns=tuple(Turn.from_dict(t) for t in head["turns"]),
         truncated=head["truncated"],
+        thinking_tokens=head["thinking_tokens"],
         worker=head["worker"],
         started_at=head["started_at"],
         seconds=head["seconds"],
@@ -201,7 +202,7 @@ def completion_batch(rows: Sequence[tuple[int, Completion]]) -> pa.RecordBatch:
         json.dumps(
             {
                 "spans": [[s.start, s.stop, s.version] for s in c.spans], "finish_reason": c.finish_reason,
-                "engine_steps": c.engine_steps, "drafted": c.drafted, "accepted": c.accepted,
+                "engine_steps": c.engine_steps, "drafted": c.drafted, "accepted": c.accepted, "forced": list(c.forced),
             }
         )
         for _, c in rows
@@ -221,8 +222,9 @@ def batch_completions(batch: pa.RecordBatch) -> Iterator[tuple[int, Completion]]
     for i, (index, meta) in enumerate(zip(batch["rollout"].to_pylist(), batch["meta"].to_pylist(), strict=True)):
         values = json.loads(meta)
         spans = tuple(VersionSpan(start=a, stop=b, version=v) for a, b, v in values.pop("spans"))
+        forced = tuple(values.pop("forced"))
         ids = {name: batch[name][i].values.to_numpy(zero_copy_only=False).copy() for name in ("prompt_ids", "token_ids", "logprobs")}
-        yield index, Completion(**ids, spans=spans, **values)
+        yield index, Completion(**ids, spans=spans, forced=forced, **values)
 
 
 def lists(arrays: Sequence[Any], dtype: Any) -> pa.ListArray:

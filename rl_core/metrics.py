@@ -82,6 +82,8 @@ def group_figures(groups: Sequence[GroupResult], seconds: float) -> dict[str, fl
         "tokens_per_s": sampled / seconds,
         "sampled_tokens_per_rollout": sampled / max(rollouts, 1),
         "prompt_tokens_per_rollout": sum(g.prompt_tokens for g in groups) / max(rollouts, 1),
+        "thinking_tokens": sum(g.thinking_tokens for g in groups) / max(rollouts, 1),
+        "thoughts_closed": sum(g.thoughts_closed for g in groups) / max(rollouts, 1),
         "group_seconds": sum(g.seconds for g in groups) / len(groups),
         "signal_share": sum(g.has_signal for g in groups) / len(groups),
         "masked_rollouts": float(rollouts - len(rewards)),

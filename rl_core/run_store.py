@@ -63,6 +63,8 @@ SCHEMA = pa.schema(
         ("truncated", pa.bool_()),  # a budget ended the episode, after the turns
         ("num_prompt_tokens", pa.int32()),
         ("num_sampled_tokens", pa.int32()),
+        ("num_thinking_tokens", pa.int32()),  # of these, within thoughts
+        ("thoughts_closed", pa.int32()),  # thoughts that reached environments.<id>.thinking_budget: we closed them, with a token each
         ("min_version", pa.int32()),
         ("max_version", pa.int32()),
         ("drafted", pa.int32()),
@@ -74,6 +76,7 @@ SCHEMA = pa.schema(
         ("prompt_ids", pa.list_(pa.list_(pa.int32()))),  # per completion; null unless the store keeps tokens
         ("token_ids", pa.list_(pa.list_(pa.int32()))),
         ("logprobs", pa.list_(pa.list_(pa.float32()))),
+        ("forced", pa.list_(pa.list_(pa.int32()))),  # places in token_ids of what we wrote and the policy did not sample
     ]
 )
 
@@ -272,6 +275,8 @@ def _row(group: Group, rollout: Rollout, label: str, step: int | None, *, keep_t
         "truncated": rollout.truncated,
         "num_prompt_tokens": rollout.num_prompt,
         "num_sampled_tokens": rollout.num_sampled,
+        "num_thinking_tokens": rollout.thinking_tokens,
+        "thoughts_closed": rollout.thoughts_closed,
         "min_version": min(versions, default=None),
         "max_version": max(versions, default=None),
         "drafted": sum(c.drafted for c in completions),
@@ -285,6 +290,7 @@ def _row(group: Group, rollout: Rollout, label: str, step: int | None, *, keep_t
         row["prompt_ids"] = [c.prompt_ids.tolist() for c in completions]
         row["token_ids"] = [c.token_ids.tolist() for c in completions]
         row["logprobs"] = [c.logprobs.tolist() for c in completions]
+        row["forced"] = [list(c.forced) for c in completions]
     return row
 
 

@@ -63,6 +63,8 @@ class ChatFormat(Protocol):
     """Messages to ids and back, never tokenizing the same text twice."""
 
     stop_ids: tuple[int, ...]
+    think_ids: tuple[int, int] | None
+    """The markers that open and close a thought; None where they are not one id each."""
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]: ...
     def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]: ...
@@ -90,6 +92,8 @@ class GroupResult:
     accepted: int
     engine_steps: int
     seconds: float
+    thinking_tokens: int = 0  # of the sampled ones, within thoughts
+    thoughts_closed: int = 0  # by us, at their budget
     attempts: int = 1
     """Workers that it was given to, in this life of the run."""
     kept: int = 0  # rollouts that an earlier attempt had finished
@@ -128,6 +132,8 @@ class GroupResult:
             accepted=sum(c.accepted for c in completions),
             engine_steps=sum(c.engine_steps for c in completions),
             seconds=seconds,
+            thinking_tokens=sum(r.thinking_tokens for r in group.rollouts),
+            thoughts_closed=sum(r.thoughts_closed for r in group.rollouts),
             failure=next((first_evidence(r.verdict) for r in group.rollouts if not r.verdict.status.trains), ""),
         )
 

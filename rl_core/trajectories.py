@@ -87,7 +87,8 @@ def _joined(env: str, run: list[Completion], advantage: float) -> Trajectory:
         start = len(completion.prompt_ids)
         stop = start + len(completion.token_ids)
         assert np.array_equal(token_ids[start:stop], completion.token_ids), f"a turn of {env!r} does not continue the ids before it"
-        loss_mask[start:stop] = True
-        logprobs[start:stop] = completion.logprobs
-        versions[start:stop] = completion.versions
+        sampled = completion.sampled
+        loss_mask[start:stop] = sampled
+        logprobs[start:stop] = np.where(sampled, completion.logprobs, 0.0)
+        versions[start:stop] = np.where(sampled, completion.versions, -1)
     return Trajectory(env=env, token_ids=token_ids, loss_mask=loss_mask, logprobs=logprobs, versions=versions, advantage=advantage)

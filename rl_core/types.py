@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rl_core.thinking import Thinking
+
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
@@ -145,11 +147,23 @@ class Completion:
     """Forward passes of the policy that sampled these tokens; T / engine_steps is the gain of speculation. 0: not reported."""
     drafted: int = 0  # draft tokens proposed by the MTP head for this completion
     accepted: int = 0  # of these, how many the policy accepted
+    forced: tuple[int, ...] = ()
+    """Places in [0, T), ascending, of tokens that we wrote into the turn to close a thought (rl_core/thinking.py). The policy read them
+    and did not sample them: their logprob is 0 by convention, their version that of the token before, and they never train."""
 
     def __post_init__(self) -> None:
         covered = sum(s.stop - s.start for s in self.spans)
         if not len(self.token_ids) == len(self.logprobs) == covered:
             raise ValueError(f"ragged completion: {len(self.token_ids)} ids, {len(self.logprobs)} logprobs, spans cover {covered} tokens")
+        if self.forced and not 0 <= min(self.forced) <= max(self.forced) < covered:
+            raise ValueError(f"forced tokens at {self.forced} of a completion of {covered}")
+
+    @property
+    def sampled(self) -> NDArray[np.bool_]:
+        """[T] whether the policy sampled the token. False where we wrote it."""
+        mask = np.ones(len(self.token_ids), bool)
+        mask[list(self.forced)] = False
+        return mask
 
     @property
     def versions(self) -> Ids:
@@ -172,18 +186,28 @@ class Rollout:
     """The environment's actions, as it got them: with the task, they lead to the same verdict again (invariant 7)."""
     truncated: bool = False
     """A budget ended the episode: the verdict is that of `truncate`, after the turns."""
+    thinking_tokens: int = 0
+    """Sampled within thoughts. 0 as well where the tokenizer has no thinking markers."""
     worker: str = ""
     started_at: float = 0.0  # seconds since the epoch
     seconds: float = 0.0  # wall time from start to verdict
 
     @property
     def num_sampled(self) -> int:
-        return sum(len(c.token_ids) for c in self.completions)
+        return sum(len(c.token_ids) for c in self.completions) - self.thoughts_closed
+
+    @property
+    def thoughts_closed(self) -> int:
+        """Thoughts that reached their budget and were closed by us, with a token each."""
+        return sum(len(c.forced) for c in self.completions)
 
     @property
     def num_prompt(self) -> int:
         """Tokens of the conversation that the policy read and did not write."""
-        return len(self.completions[-1].prompt_ids) - self.num_sampled + len(self.completions[-1].token_ids) if self.completions else 0
+        if not self.completions:
+            return 0
+        last = self.completions[-1]
+        return len(last.prompt_ids) + len(last.token_ids) - self.num_sampled
 
     @property
     def min_version(self) -> int | None:
@@ -228,6 +252,7 @@ class Trajectory:
         logprobs   = 0 * |P0|   + logprobs(A0) + 0 * |E0|   + logprobs(A1)
         versions   = -1 * |P0|  + versions(A0) + -1 * |E0|  + versions(A1)
 
+    Within A0 and A1, tokens that we forced (`Completion.forced`) are as if the environment had said them.
     A rollout gives one trajectory when each prompt extends the ids before it, and one more for each turn where it does not.
     """
 
@@ -256,6 +281,8 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     """Fixes the sampled tokens for evaluation; None in training."""
+    thinking: Thinking | None = None
+    """Where the engine must stop for a thought to be closed, with finish reason THOUGHT_FULL; None: nowhere. Set by the episode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +295,7 @@ class EpisodeSpec:
     max_total_tokens: int  # prompt and sampled tokens of the whole episode
     timeout_s: float  # wall time of one episode, sampling included
     concurrency: int = 0  # episodes of this environment at the same time in one worker; 0: no cap
+    thinking_budget: int | None = None  # reasoning tokens of one turn, after which its thought is closed; None: no cap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

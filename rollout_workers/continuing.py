@@ -6,6 +6,8 @@
 
 Environments are deterministic given their task, so they answer as before; each prompt is compared with the draft's, id for id. Where
 one differs, what was sampled after it belongs to another world, and the rollout starts from nothing.
+
+A thought that has used up its budget is such a turn, too: cut off, closed by a marker of ours, and gone on with (rl_core/thinking.py).
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
+
+import numpy as np
 
 from rl_core.drafts import CUT_OFF, Draft, DraftFile, joined
 from rl_core.seams import Sampler
-from rl_core.types import Completion, SamplingParams
+from rl_core.thinking import MAX_CLOSED, THOUGHT_FULL
+from rl_core.types import Completion, SamplingParams, VersionSpan
 
 SNAPSHOT_S = 1.0
 """Seconds between two looks at the turns under way."""
@@ -33,14 +39,14 @@ class Continuing:
 
     def __init__(self, engine: Sampler, file: DraftFile | None, group_id: str, index: int, draft: Draft | None = None) -> None:
         self.request_id = ""
-        """Of the turn under way; "" between turns."""
+        """Of the request under way; "" between turns."""
         self.seen = 0
         """Tokens of this request that are in the draft."""
         self._engine, self._file, self._group_id, self._index = engine, file, group_id, index
         self._said = deque(draft.completions if draft else ())
         self._turn = 0
         self._known: list[int] = []  # ids of all turns that ended
-        self._before: Completion | None = None  # what another engine had sampled of the turn under way
+        self._before: Completion | None = None  # of the turn under way, what is older than its request
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str) -> Completion:
         self.request_id, self.seen = request_id, 0
@@ -64,21 +70,53 @@ class Continuing:
 
     async def _next(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> Completion:
         if not self._said:
-            return await self._engine.sample(prompt_ids, params, request_id=request_id)
+            return await self._sample(prompt_ids, params, request_id, None)
         said = self._said.popleft()
         if said.prompt_ids.tolist() != list(prompt_ids):
             raise Diverged(f"{self._group_id}-{self._index}: the prompt of turn {self._turn} is not the one that was answered before")
-        if said.finish_reason != CUT_OFF:
-            return said
-        left = params.max_tokens - len(said.token_ids)
-        if left < 1:
-            return replace(said, finish_reason="length")
-        self._before = said
-        ids = [*prompt_ids, *said.token_ids.tolist()]
-        return joined(said, await self._engine.sample(ids, replace(params, max_tokens=left), request_id=request_id))
+        return await self._sample(prompt_ids, params, request_id, said) if said.finish_reason == CUT_OFF else said
+
+    async def _sample(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, so_far: Completion | None) -> Completion:
+        """What is left of a turn, in one request; and one more behind each thought that we close."""
+        for number in count():
+            if so_far is not None and params.thinking is not None and params.thinking.after(so_far.token_ids.tolist()).full:
+                if len(so_far.forced) == MAX_CLOSED:
+                    return replace(so_far, finish_reason="length")
+                so_far = closed(so_far, params.thinking.close_id)
+            self._before = so_far
+            known = [] if so_far is None else so_far.token_ids.tolist()
+            if so_far is not None and len(known) >= params.max_tokens:
+                return replace(so_far, finish_reason="length")
+            self.request_id, self.seen = f"{request_id}.{number}" if number else request_id, 0
+            part = await self._engine.sample([*prompt_ids, *known], part_params(params, known, number), request_id=self.request_id)
+            so_far = part if so_far is None else joined(so_far, part)
+            if part.finish_reason != THOUGHT_FULL:
+                return so_far
+            so_far = replace(so_far, finish_reason=CUT_OFF)
+        raise AssertionError("count() does not end")
 
     def _write(self, completion: Completion, *, start: int = 0) -> None:
         if self._file is not None:
             known = len(self._known)
             extends = start > 0 or completion.prompt_ids[:known].tolist() == self._known
             self._file.add(self._group_id, self._index, self._turn, completion, known=known if extends else 0, start=start)
+
+
+def part_params(params: SamplingParams, known: Sequence[int], number: int) -> SamplingParams:
+    """Sampling of a turn's rest behind its `known` ids: within what is left of its budgets, and not with the same dice again."""
+    seed = params.seed if params.seed is None or not number else (params.seed + 15_485_863 * number) % 2**31
+    thinking = params.thinking.after(known) if params.thinking is not None else None
+    return replace(params, max_tokens=params.max_tokens - len(known), seed=seed, thinking=thinking)
+
+
+def closed(part: Completion, close_id: int) -> Completion:
+    """`part` of a turn, with the marker that ends its thought behind it. The policy reads it, and did not sample it."""
+    mark = Completion(
+        prompt_ids=part.prompt_ids[:0],
+        token_ids=np.array([close_id], np.int32),
+        logprobs=np.zeros(1, np.float32),
+        spans=(VersionSpan(start=0, stop=1, version=part.spans[-1].version),),
+        finish_reason=CUT_OFF,
+        forced=(0,),
+    )
+    return joined(part, mark)

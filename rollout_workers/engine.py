@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +25,10 @@ import psutil
 from numpy.typing import NDArray
 
 from rl_core.config import RolloutConfig
+from rl_core.thinking import THOUGHT_FULL
 from rl_core.types import CUT_OFF, Completion, Receipt, SamplingParams, VersionSpan
 from rollout_workers.vllm_plugin import BACKEND, OWNER_VARIABLE
+from rollout_workers.vllm_plugin.thought_cap import THINKING
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -76,7 +79,7 @@ class Engine:
         return engine
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str) -> Completion:
-        """Sample until a stop id or `max_tokens`. Cancelling the awaiting task frees the sequence."""
+        """Sample until a stop id, `max_tokens` or a full thought. Cancelling the awaiting task frees the sequence."""
         room = self._rollout.max_model_len - len(prompt_ids)
         if room < 1:
             raise ValueError(
@@ -168,6 +171,7 @@ class Engine:
             detokenize=False,
             skip_clone=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={THINKING: asdict(params.thinking)} if params.thinking is not None else None,
         )
         final: Any = None
         prompt = [int(i) for i in prompt_ids]
@@ -219,7 +223,7 @@ def completion(prompt: Sequence[int], output: Any, *, speculative: bool) -> Comp
         token_ids=ids,
         logprobs=logprobs,
         spans=spans,
-        finish_reason=output.finish_reason,
+        finish_reason=THOUGHT_FULL if output.stop_reason == THOUGHT_FULL else output.finish_reason,
         engine_steps=steps,
         drafted=drafted,
         accepted=accepted,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from rl_core.seams import BadTask, ChatFormat, EnvSession, Sampler
+from rl_core.thinking import Thinking, thinking_tokens
 from rl_core.types import Completion, EpisodeSpec, Message, Rollout, SamplingParams, Status, Task, Turn, Verdict
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class Transcript:
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     truncated: bool = False
+    thinking_tokens: int = 0
 
 
 async def run_episode(
@@ -74,6 +76,7 @@ async def run_episode(
         verdict=verdict,
         turns=tuple(transcript.turns),
         truncated=transcript.truncated,
+        thinking_tokens=transcript.thinking_tokens,
         worker=worker,
         started_at=started_at,
         seconds=time.monotonic() - began,
@@ -96,9 +99,10 @@ async def converse(
         room = spec.max_total_tokens - len(ids)
         if room < MIN_ROOM:
             break
-        params = turn_params(spec.sampling, number, room)
+        params = replace(turn_params(spec.sampling, number, room), thinking=cap(spec, chat))
         completion = await sampler.sample(ids, params, request_id=f"{rollout_id}-{number}")
         transcript.completions.append(completion)
+        transcript.thinking_tokens += thinking_tokens(completion.token_ids.tolist(), *chat.think_ids) if chat.think_ids else 0
         turn = chat.parse(completion.token_ids.tolist())
         if completion.finish_reason == "length" and not turn.malformed:
             turn = replace(turn, malformed=CUT_OFF)
@@ -120,6 +124,15 @@ def turn_params(sampling: SamplingParams, turn: int, room: int) -> SamplingParam
     """Sampling of one turn: within the room that is left, with dice of its own where the dice are fixed."""
     seed = None if sampling.seed is None else (sampling.seed + 7919 * turn) % 2**31
     return replace(sampling, max_tokens=min(sampling.max_tokens, room), seed=seed)
+
+
+def cap(spec: EpisodeSpec, chat: ChatFormat) -> Thinking | None:
+    """The thinking budget of one turn, nothing of it used. That the markers are there was checked before the run."""
+    if spec.thinking_budget is None:
+        return None
+    assert chat.think_ids is not None, "a thinking budget needs thinking markers of one id each (infra/preflight.py)"
+    open_id, close_id = chat.think_ids
+    return Thinking(budget=spec.thinking_budget, open_id=open_id, close_id=close_id)
 
 
 def render(turn: Turn) -> str:

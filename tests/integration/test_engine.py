@@ -25,7 +25,9 @@ from reward_models.judges import Asking, Judge
 from reward_models.learned import Answer, Failure
 from rl_core.config import RolloutConfig
 from rl_core.drafts import joined
+from rl_core.thinking import MAX_CLOSED, Thinking
 from rl_core.types import CUT_OFF, Completion, Message, SamplingParams, Turn
+from rollout_workers.continuing import Continuing
 from rollout_workers.engine import PROBE_TOKENS, PROBES, Engine, EngineError, engine_arguments
 from tests.integration.tiny_hybrid import make_tiny_hybrid
 
@@ -296,6 +298,69 @@ def test_what_is_shown_of_sequences_under_way_is_how_they_end(served: Served) ->
             assert whole.versions.tolist() == end.versions[:count].tolist()
 
 
+BUDGET = Thinking(budget=20, open_id=10, close_id=11, inside=True)
+"""As if each prompt ended with an open thought; a random model would seldom open one."""
+
+
+def think(served: Served, asked: Sequence[Sequence[int]], name: str, max_tokens: int) -> list[Completion]:
+    """Turns with a thinking budget, sampled as a rollout worker does."""
+
+    async def together() -> list[Completion]:
+        params = SamplingParams(max_tokens=max_tokens, thinking=BUDGET)
+        samplers = [Continuing(served.engine, None, name, i) for i in range(len(asked))]
+        return await asyncio.gather(
+            *(s.sample(p, params, request_id=f"{name}-{i}") for i, (s, p) in enumerate(zip(samplers, asked, strict=True)))
+        )
+
+    return served.run(together())
+
+
+def test_a_thought_ends_at_its_budget_under_speculation_and_every_logprob_stays_true(served: Served) -> None:
+    model, asked = reference(served), prompts(16, seed=21)
+    done = think(served, asked, "thinks", 80)
+    assert sum(c.accepted for c in done) > 0
+    assert sum(bool(c.forced) and len(c.token_ids) > 30 for c in done) > 4, "hardly a turn went on behind a closed thought"
+    for c, prompt in zip(done, asked, strict=True):
+        thinking = BUDGET
+        for place, token in enumerate(c.token_ids.tolist()):
+            assert (place in c.forced) == thinking.full, "closed where it is full, and nowhere else"
+            assert not thinking.full or token == BUDGET.close_id
+            thinking = thinking.after([token])
+        assert c.prompt_ids.tolist() == prompt
+        assert len(c.token_ids) == 80 or c.token_ids[-1] == STOP or len(c.forced) == MAX_CLOSED
+        assert np.abs(of_sampled(distribution(model, c, 1.0), c) - c.logprobs)[c.sampled].max() < 1e-3
+
+
+def test_a_closed_thought_keeps_its_versions_across_an_update_in_flight(served: Served) -> None:
+    """Loaded as soon as the first turn has gone on behind its closed thought."""
+    old = served.version
+
+    async def load_amid_thoughts() -> list[Completion]:
+        params, asked = SamplingParams(max_tokens=400, thinking=BUDGET), prompts(12, seed=22, high=30)
+        served.engine._stop_ids = []  # so that they run long enough
+        samplers = [Continuing(served.engine, None, "across", i) for i in range(12)]
+        work = [
+            asyncio.create_task(s.sample(p, params, request_id=f"across-{i}")) for i, (s, p) in enumerate(zip(samplers, asked, strict=True))
+        ]
+        while not any("." in s.request_id.removeprefix("across-") for s in samplers):
+            await asyncio.sleep(0.002)
+        await served.engine.load_weights(old + 1, checkpoint(served))
+        return await asyncio.gather(*work)
+
+    try:
+        done = served.run(load_amid_thoughts())
+    finally:
+        served.engine._stop_ids = [STOP]
+    served.version = old + 1
+    model = reference(served)
+    straddling = [c for c in done if len(c.spans) == 2]
+    assert any(c.forced and c.forced[0] < c.spans[0].stop for c in straddling), "no thought was closed before the update"
+    for c in straddling:
+        assert [s.version for s in c.spans] == [old, old + 1]
+        assert c.spans[0].stop == c.spans[1].start
+        assert np.abs(of_sampled(distribution(model, c, 1.0), c) - c.logprobs)[c.sampled].max() < 1e-3, "the weights were the same"
+
+
 def test_new_draft_weights_arrive_too(served: Served) -> None:
     """With its output silenced the draft cannot guess; with its own weights back it guesses as before."""
 
@@ -342,6 +407,7 @@ class OwnIds:
     """A chat format over the tiny model's ids, whose text is their numbers."""
 
     stop_ids = (STOP,)
+    think_ids = None
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         return [4 + ord(c) % (VOCAB - 4) for m in messages for c in m.content][-200:]

@@ -24,6 +24,7 @@ from rl_core.config import RunConfig
 from rl_core.config_files import parse_config
 from rl_core.drafts import CUT_OFF, Draft, read_drafts
 from rl_core.seams import GroupResult
+from rl_core.thinking import MAX_CLOSED
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, SamplingParams, Status, Task, Turn
 from rollout_workers import hosts as hosts_module
 from rollout_workers.hosts import Hosts, HostSet, start_hosts
@@ -119,6 +120,24 @@ def test_rollouts_of_a_group_have_dice_of_their_own_and_fixed_dice_repeat(runnin
     first = sampled("dice-1")
     assert len({tuple(ids) for ids in first}) > 1
     assert sampled("dice-2") == first
+
+
+def test_thoughts_are_closed_at_their_budget_and_the_answer_still_comes(running: Running) -> None:
+    """The seed model works additions out within <think>: of three tokens it gets no further than the first digits."""
+
+    async def capped(budget: int) -> GroupResult:
+        spec = replace(running.spec("math", temperature=0.5), thinking_budget=budget)
+        return await running.pool.run_group(f"capped-{budget}", tasks("math", 1)[0], spec)
+
+    chat = ChatML(SEED_MODEL)
+    assert chat.think_ids is not None
+    for budget in (0, 3):
+        result = running.run(capped(budget))
+        rollouts = ray.get(result.ref).rollouts
+        assert result.thinking_tokens == sum(r.thinking_tokens for r in rollouts) <= budget * GROUP_SIZE
+        assert result.thoughts_closed == sum(r.thoughts_closed for r in rollouts) > 0
+        assert all("unclosed" not in r.turns[0].malformed for r in rollouts if 0 < r.thoughts_closed < MAX_CLOSED)
+        assert all(c.token_ids[place] == chat.think_ids[1] for r in rollouts for c in r.completions for place in c.forced)
 
 
 def test_an_episode_of_a_broken_environment_is_masked_and_not_a_zero(running: Running) -> None:

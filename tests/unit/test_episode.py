@@ -22,6 +22,7 @@ class Letters:
     """A chat format in which each character is a token; 0 ends a turn, 1 stands before a message."""
 
     stop_ids = (0,)
+    think_ids = (ord("<"), ord(">"))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         return [token for m in messages for token in [1, *map(ord, m.content)]]
