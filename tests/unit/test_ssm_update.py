@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from rollout_workers.vllm_plugin.ssm_update import verify_update
 
 
-def test_each_sequence_goes_on_from_its_own_last_accepted_state() -> None:
+def check_states(update: Callable[..., None]) -> None:
+    """Three sequences of different lengths, of whose last steps different numbers of tokens stand."""
     torch.manual_seed(0)
     heads, width, size, groups, k, lengths = 4, 8, 6, 2, 2, [3, 1, 2]
     state = torch.randn(12, heads, width, size)
@@ -31,9 +34,13 @@ def test_each_sequence_goes_on_from_its_own_last_accepted_state() -> None:
                 wanted[t, head] = h[head] @ c[t, group] + skip[head] * x[t, head]
             wanted_state[slots[s, j]] = h
     out = torch.zeros_like(wanted)
-    verify_update(
+    update(
         state, x, dt[..., None].expand(-1, -1, width), decay[:, None, None].expand(-1, width, size), b, c,
         skip[:, None].expand(-1, width), bias[:, None].expand(-1, width), slots, accepted, starts, out,
     )  # fmt: skip
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(state, wanted_state)
+
+
+def test_each_sequence_goes_on_from_its_own_last_accepted_state() -> None:
+    check_states(verify_update)
