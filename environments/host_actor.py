@@ -27,6 +27,7 @@ from typing import Any, Generic, TypeVar
 
 from environments.confine import Confinement, resident_bytes
 from environments.host import EnvHost, EnvironmentBug, EnvironmentFailure, failed
+from environments.line import listen
 from environments.output_cap import cap_output
 from rl_core.seams import Observation, Transition
 from rl_core.types import Status, Task, Turn
@@ -102,6 +103,7 @@ class HostActor:
         self._memory_bytes, self._exit = memory_bytes, exit or self._end_process
         self.ending = ""
         """Why this host takes no new episode; "" while it is well."""
+        self._line: asyncio.Future[tuple[str, asyncio.Server | None]] | None = None
         self._own = Confinement() if own_process else None
         if own_process:
             cap_output()
@@ -110,6 +112,12 @@ class HostActor:
     async def ping(self) -> int:
         """How many episodes are open; answering at all says that the host lives."""
         return self._host.ping()
+
+    async def line(self) -> str:
+        """Where workers on this machine reach this host directly (environments/line.py); "" where they cannot."""
+        if self._line is None:
+            self._line = asyncio.ensure_future(listen(self))
+        return (await asyncio.shield(self._line))[0]
 
     async def status(self) -> dict[str, Any]:
         """For people and tests: open episodes, stuck calls by environment, resident bytes, threads, open files."""

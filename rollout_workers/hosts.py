@@ -2,6 +2,9 @@
 
     call --[LOOK_S without an answer]--> does the host answer at all? --no--> SIGKILL; Ray starts it again
 
+Sessions are opened and closed through Ray, which waits for a host that starts again; their steps go over a line of our own where the
+host is on this machine (environments/line.py), and through Ray where it is not.
+
 A host bounds its calls by itself (environments/host_actor.py), as long as its event loop runs. It does not while an environment
 holds the interpreter's lock, or when the process is stopped: then nobody inside can help. A host that is killed takes its episodes along:
 they end as infrastructure errors, and are tried again (rl_core/faults.py).
@@ -18,8 +21,9 @@ from typing import Any
 
 import ray
 
-from environments.host import EnvironmentBug
+from environments.host import EnvironmentBug, failed
 from environments.host_actor import EnvLimits, HostActor
+from environments.line import Line, LineLost
 from environments.registry import is_foreign
 from rl_core.config import RunConfig
 from rl_core.seams import Observation, Transition
@@ -83,6 +87,7 @@ class Hosts:
         self._hosts, self._owner = hosts, owner
         self._turn_of, self._number = itertools.count(), itertools.count()
         self._looking: dict[Any, asyncio.Task[None]] = {}
+        self._lines: dict[Any, asyncio.Future[Line | None]] = {}
         self.killed = 0
 
     def session(self, env_id: str, options: Mapping[str, Any], task: Task) -> RemoteSession:
@@ -91,12 +96,46 @@ class Hosts:
         name = f"{self._owner}/{next(self._number)}"
         return RemoteSession(hosts=self, host=host, id=name, env_id=env_id, options=options, task=task)
 
-    async def call(self, host: Any, method: str, *arguments: Any) -> Any:
-        """The host's answer. Raises SessionFailed where the environment cannot be opened, and Ray's error where the host has died."""
+    async def open(self, host: Any, *arguments: Any) -> Observation:
+        """Raises SessionFailed where the environment cannot be opened, and Ray's error where the host has died."""
+        shown: Observation = await self._through_ray(host, "open", *arguments)
+        return shown
+
+    async def advance(self, host: Any, session_id: str, turn: Turn | None) -> Transition:
+        """Step with a turn, truncate with None. A host that dies meanwhile takes the episode along."""
+        line = await self._line_to(host)
+        if line is None:
+            call = ("truncate", session_id) if turn is None else ("step", session_id, turn)
+            transition: Transition = await self._through_ray(host, *call)
+            return transition
+        answer = line.call(session_id, turn)
+        overdue = asyncio.get_running_loop().call_later(LOOK_S, self._overdue, host, answer)
+        try:
+            return await answer
+        except LineLost as lost:
+            return failed(Status.INFRA_ERROR, str(lost))
+        finally:
+            overdue.cancel()
+
+    async def _line_to(self, host: Any) -> Line | None:
+        """The line to the process that the host is now; None where there can be none."""
+        line = self._lines.get(host)
+        if line is None or (line.done() and (line.cancelled() or line.exception() is not None or lost(line.result()))):
+            line = self._lines[host] = asyncio.ensure_future(self._connect(host))
+        return line.result() if line.done() else await asyncio.shield(line)
+
+    async def _connect(self, host: Any) -> Line | None:
+        address = await self._through_ray(host, "line")
+        try:
+            return await Line.connect(address) if address else None
+        except OSError:
+            return None
+
+    async def _through_ray(self, host: Any, method: str, *arguments: Any) -> Any:
         answer = asyncio.ensure_future(_answer(getattr(host, method).remote(*arguments)))
         try:
             while not (await asyncio.wait({answer}, timeout=LOOK_S))[0]:
-                await self._look_at(host)
+                await asyncio.shield(self._look_at(host))
             return answer.result()
         except (EnvironmentBug, ray.exceptions.RayTaskError) as error:
             cause = getattr(error, "cause", error)  # the text of Ray's own error is a traceback
@@ -106,12 +145,26 @@ class Hosts:
         finally:
             answer.cancel()
 
-    async def _look_at(self, host: Any) -> None:
+    def hang_up(self) -> None:
+        """End all lines; calls under way are lost."""
+        for line in self._lines.values():
+            line.cancel()
+            if line.done() and not line.cancelled() and line.exception() is None and (connected := line.result()) is not None:
+                connected.hang_up()
+        self._lines.clear()
+
+    def _overdue(self, host: Any, answer: asyncio.Future[Any]) -> None:
+        """A call over a line takes long: look at the host now, and again later."""
+        if not answer.done():
+            self._look_at(host)
+            asyncio.get_running_loop().call_later(LOOK_S, self._overdue, host, answer)
+
+    def _look_at(self, host: Any) -> asyncio.Task[None]:
         """Kill the host if it does not answer. Many episodes of it come here at once, and one looks."""
         if host not in self._looking:
             self._looking[host] = asyncio.create_task(self._look(host))
             self._looking[host].add_done_callback(lambda _: self._looking.pop(host))
-        await asyncio.shield(self._looking[host])
+        return self._looking[host]
 
     async def _look(self, host: Any) -> None:
         try:
@@ -136,19 +189,20 @@ class RemoteSession:
     task: Task
 
     async def reset(self) -> Observation:
-        shown: Observation = await self.hosts.call(self.host, "open", self.id, self.env_id, dict(self.options), self.task)
-        return shown
+        return await self.hosts.open(self.host, self.id, self.env_id, dict(self.options), self.task)
 
     async def step(self, turn: Turn) -> Transition:
-        transition: Transition = await self.hosts.call(self.host, "step", self.id, turn)
-        return transition
+        return await self.hosts.advance(self.host, self.id, turn)
 
     async def truncate(self) -> Transition:
-        transition: Transition = await self.hosts.call(self.host, "truncate", self.id)
-        return transition
+        return await self.hosts.advance(self.host, self.id, None)
 
     async def close(self) -> None:
         await self.host.close.remote(self.id)
+
+
+def lost(line: Line | None) -> bool:
+    return line is not None and line.lost
 
 
 async def _answer(ref: Any) -> Any:

@@ -95,6 +95,7 @@ class RolloutWorker:
         return await self.engine.load_weights(version, blob)
 
     async def shutdown(self) -> None:
+        self._hosts.hang_up()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.shutdown)
             self._engine = None

@@ -18,7 +18,8 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -40,7 +41,6 @@ EPISODES = {"code": 24}  # per repetition; each of these starts a sandbox
 OPTIONS: dict[str, dict[str, Any]] = {"long_context": {"tokenizer": str(SEED_MODEL)}, "tools": {"oracle_working": 1.0}}
 REPETITIONS, CONCURRENT, MANY, WAVES = 3, 32, 1000, 3
 CLASSES = {env: resolve(env) for env in ("math", "code", "tools", "long_context", "instructions", "structured")}
-names = count()
 
 
 def bench() -> dict[str, list[float]]:
@@ -140,7 +140,13 @@ async def episodes(host: Any, env: str, chat: ChatML, number: int) -> list[Rollo
 
 
 def session(host: Any, env: str, task: Task) -> RemoteSession:
-    return Hosts(HostSet(shared=(host,)), owner=f"bench-{next(names)}").session(env, OPTIONS.get(env, {}), task)
+    return hosts_of(host).session(env, OPTIONS.get(env, {}), task)
+
+
+@cache
+def hosts_of(host: Any) -> Hosts:
+    """As a worker sees it."""
+    return Hosts(HostSet(shared=(host,)), owner="bench")
 
 
 async def episode(host: Any, task: Task, chat: ChatML, think_s: Callable[[], float] | None = None) -> Rollout:
