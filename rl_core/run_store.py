@@ -222,7 +222,12 @@ class StoredRun:
                 last = event
         if last is not None and last.kind == "run_finished":
             return str(last.data["outcome"])
-        return "running" if _is_locked(self.run_dir / "events.jsonl") else "killed"
+        return "running" if self.is_being_written else "killed"
+
+    @property
+    def is_being_written(self) -> bool:
+        """Whether a process holds the run open."""
+        return _is_locked(self.run_dir / "events.jsonl")
 
     def events(self) -> Iterator[Event]:
         """All whole events so far, oldest first. A torn last line is a write in progress, or the last breath of a killed run."""

@@ -1,0 +1,55 @@
+// The token view: what the store kept of each token, as colour. What it did not keep is said, not guessed.
+
+import { colour } from "../charts.js";
+import { h, plain, visible } from "../dom.js";
+import { number } from "../format.js";
+
+const MISSING = {
+  ratio: "Importance ratios are not recorded per token: the learner reports their mean, masked share and effective sample size of each step (Staleness view).",
+  mask: "The learner's mask is not recorded per token. Sampled tokens (coloured by anything else) are those that the loss may see; prompt and environment text never trains.",
+};
+
+export function tokens(row, by) {
+  const view = row.tokens;
+  if (!view.kept) return h("p", { class: "hint" }, view.why);
+  return h("div", {},
+    MISSING[by] ? h("p", { class: "hint" }, MISSING[by]) : null,
+    by === "version" ? h("p", { class: "hint" }, versionWords(view)) : null,
+    view.decoded ? null : h("p", { class: "hint" }, "The run's tokenizer is not on this machine: ids instead of text."),
+    view.cut ? h("p", { class: "hint" }, "This rollout is long; its first 50,000 tokens are shown.") : null,
+    by === "logprob" ? scale() : null,
+    view.completions.map((completion, i) => one(completion, i, view, by)));
+}
+
+function versionWords({ versions: [low, high] }) {
+  if (low === null) return "No policy version is stored of this rollout.";
+  return low === high ? `Every token was sampled by version ${low}.` : `Sampled by versions ${low} to ${high}: the weights changed while it was under way. The store keeps these ends, not the version of each token.`;
+}
+
+const scale = () => h("p", { class: "key" }, [[0, "likely"], [-1, "-1 nat"], [-3, "-3"], [-6, "-6 and less"]].map(([value, words]) => {
+  const box = h("span", {}, words);
+  tint(box, value);
+  return box;
+}));
+
+function one(completion, i, view, by) {
+  const box = h("div", { class: "tokens", tabindex: "0", role: "region", "aria-label": `Tokens of completion ${i + 1}` });
+  const prompt = h("details", {}, h("summary", {}, `prompt of completion ${i + 1}: ${completion.prompt.length} tokens`));
+  prompt.addEventListener("toggle", () => {
+    if (prompt.open && prompt.childElementCount === 1) prompt.append(h("div", { class: "prompt" }, completion.prompt.map((text) => h("span", {}, visible(text)))));
+  });
+  box.append(prompt, ...completion.tokens.map((text, j) => {
+    const logprob = completion.logprobs[j] ?? null;
+    const words = by === "version" && view.versions[0] === view.versions[1] ? `, version ${view.versions[0]}` : "";
+    const node = h("span", { title: plain(`${JSON.stringify(text)} id ${completion.ids[j]}, logprob ${number(logprob)}${words}`) }, visible(text));
+    if (by === "logprob" && logprob !== null) tint(node, logprob);
+    if (by === "version" && view.versions[0] !== null && view.versions[0] === view.versions[1]) node.style.backgroundColor = `color-mix(in srgb, ${colour(`c${view.versions[0] % 6}`)} 30%, transparent)`;
+    return node;
+  }));
+  return box;
+}
+
+/** The less likely, the more of the orange. */
+function tint(node, logprob) {
+  node.style.backgroundColor = `color-mix(in srgb, ${colour("c1")} ${Math.min(70, Math.max(0, -logprob * 12))}%, transparent)`;
+}
