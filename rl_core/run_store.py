@@ -77,6 +77,7 @@ SCHEMA = pa.schema(
         ("token_ids", pa.list_(pa.list_(pa.int32()))),
         ("logprobs", pa.list_(pa.list_(pa.float32()))),
         ("forced", pa.list_(pa.list_(pa.int32()))),  # places in token_ids of what we wrote and the policy did not sample
+        ("versions", pa.list_(pa.list_(pa.int32()))),  # of the policy that sampled each token
     ]
 )
 
@@ -296,6 +297,7 @@ def _row(group: Group, rollout: Rollout, label: str, step: int | None, *, keep_t
         row["token_ids"] = [c.token_ids.tolist() for c in completions]
         row["logprobs"] = [c.logprobs.tolist() for c in completions]
         row["forced"] = [list(c.forced) for c in completions]
+        row["versions"] = [[span.version for span in c.spans for _ in range(span.start, span.stop)] for c in completions]
     return row
 
 

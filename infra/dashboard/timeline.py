@@ -89,7 +89,7 @@ def _every(seen: np.ndarray[Any, np.dtype[np.bool_]]) -> int:
 def _phases(feed: Feed, origin: float, whole: float) -> list[dict[str, Any]]:
     """What the run as a whole was doing, by its own words."""
     marks = [e for e in feed.happened if e.kind == "phase"]
-    ends = [e.time - origin for e in marks[1:]] + [whole]
+    ends = ([e.time - origin for e in marks] + [whole])[1:]
     return [{"name": str(e.data["name"]), "start": e.time - origin, "end": end} for e, end in zip(marks, ends, strict=True)]
 
 

@@ -25,19 +25,19 @@ class Decoder(Protocol):
 
 
 def token_view(run: StoredRun, row: Mapping[str, Any]) -> dict[str, Any]:
-    """{"kept": False, "why": ...}, or {"kept": True, "completions": [{"prompt", "tokens", "logprobs", "ids"}], "version": ..., "missing": ...}."""
+    """{"kept": False, "why": sentence}, or {"kept": True, "completions": [{"prompt", "tokens", "ids", "logprobs", "versions"}], ...}."""
     if not row.get("token_ids"):
         return {"kept": False, "why": "This run's store keeps no tokens of this rollout: only their counts, and the text of the conversation."}
     tokenizer = _tokenizer_of(run)
     left, completions = MAX_TOKENS, []
-    for prompt, ids, logprobs in zip(row["prompt_ids"] or [], row["token_ids"], row["logprobs"] or [], strict=True):
+    for prompt, ids, logprobs, versions in zip(row["prompt_ids"], row["token_ids"], row["logprobs"], row["versions"], strict=True):
         completions.append(
             {
                 "prompt": _texts(tokenizer, prompt[-left:] if left else []),
-                "prompt_ids": prompt[-left:] if left else [],
                 "tokens": _texts(tokenizer, ids[:left]),
                 "ids": ids[:left],
                 "logprobs": logprobs[:left],
+                "versions": versions[:left],
             }
         )
         left = max(0, left - len(prompt) - len(ids))

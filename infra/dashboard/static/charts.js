@@ -37,7 +37,7 @@ function drawn(label, height, draw) {
 const AXIS_WORDS = { steps: "policy version", time: "time", tokens: "trained tokens" };
 
 function shortX(axis, value) {
-  if (axis === "time") return value >= 7200 ? `${Number((value / 3600).toFixed(1))} h` : value >= 120 ? `${Math.round(value / 60)} min` : `${value} s`;
+  if (axis === "time") return value >= 7200 ? `${Number((value / 3600).toFixed(1))} h` : value >= 120 ? `${Number((value / 60).toFixed(1))} min` : `${value} s`;
   return value >= 1e6 ? `${Number((value / 1e6).toFixed(2))}M` : value >= 1e4 ? `${Number((value / 1e3).toFixed(1))}k` : String(value);
 }
 

@@ -50,7 +50,7 @@ export const empty = (...parts) => h("p", { class: "empty" }, parts);
 
 /** A table in a box that scrolls sideways. columns: [{title, left?, cell: row => child}]. */
 export function table(columns, rows, caption = "") {
-  const side = (column) => (column.left ? "left" : null);
+  const side = (column) => (column.left || column.class === "wrap" ? "left" : null);
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption || "Table" },
     h("table", {},
       h("thead", {}, h("tr", {}, columns.map((c) => h("th", { scope: "col", class: side(c) }, c.title)))),

@@ -1,6 +1,6 @@
 // Reward of each environment: in training, held out with intervals, components, the spread over groups.
 
-import { colour, lineChart, palette } from "../charts.js";
+import { colour, lineChart } from "../charts.js";
 import { axisControls, check, choice, search } from "../controls.js";
 import { empty, h, name, plain, table } from "../dom.js";
 import { number, percent } from "../format.js";
@@ -91,7 +91,7 @@ async function oneEnvironment(context, env) {
   back.delete("env");
   const figure = (label, lines, more = {}) => h("section", { class: "card" }, h("h3", {}, plain(label)), lineChart(label, { x: series[axis], lines, axis, sync: "one", ...more }));
   return h("div", {},
-    h("p", {}, h("a", { href: link(run, "curves", back) }, "← all environments"), "   ", h("a", { href: link(run, "rollouts", { env }) }, "rollouts of this environment")),
+    h("p", { class: "key" }, h("a", { href: link(run, "curves", back) }, "← all environments"), h("a", { href: link(run, "rollouts", { env }) }, "rollouts of this environment")),
     h("h2", {}, name(env)),
     figure("reward", linesOf(series, `env/${env}/reward`, "reward", 0), { height: 320, unit: [0, 1], scores: marks(series, axis, scores[env]), band: bandOf(series, axis, bands[env]), legend: true }),
     components.length ? [h("h2", {}, "Components of the verdict"),

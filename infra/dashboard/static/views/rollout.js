@@ -21,7 +21,7 @@ export function controls({ parameters }) {
 export async function content({ run, parameters, api, signal }) {
   const row = await api("rollout", { id: parameters.get("id"), label: parameters.get("label") }, signal);
   return h("div", {},
-    h("p", {}, h("a", { href: link(run, "rollouts", { env: row.env }) }, "← rollouts of ", name(row.env)), "   ", h("span", { class: "id" }, name(row.rollout_id))),
+    h("p", { class: "key" }, h("a", { href: link(run, "rollouts", { env: row.env }) }, "← rollouts of ", name(row.env)), h("span", { class: "id" }, name(row.rollout_id))),
     siblings(run, row),
     h("div", { class: "two" },
       h("div", {}, h("h2", {}, "Conversation"), conversation(row), h("h2", {}, "Tokens"), tokens(row, parameters.get("colour") ?? "logprob")),

@@ -63,7 +63,7 @@ function rows(line) {
     { title: "phase", height: 22, paint: phases(line.phases) },
     ...listed.map(([worker, values]) => ({ title: `${worker || "engine"}, most ${Math.round(Math.max(0, ...values))}`, height: 34, paint: level(values, "c5") })),
     ...(workers.length > 16 ? [{ title: `${workers.length - 16} more engines`, height: 34, paint: level(line.bins.slice(1).map((_, i) => workers.slice(16).reduce((s, [, v]) => s + v[i], 0)), "c5") }] : []),
-    { title: "groups in flight", height: 34, paint: queue(line.queue) },
+    { title: `in flight, most ${Math.max(0, ...line.queue.in_flight)}`, height: 34, paint: queue(line.queue) },
     { title: "learner", height: 26, paint: learner(line.segments) },
     { title: "publication", height: 16, paint: pauses(line.segments) },
   ];

@@ -23,7 +23,8 @@ export function tokens(row, by) {
 
 function versionWords({ versions: [low, high] }) {
   if (low === null) return "No policy version is stored of this rollout.";
-  return low === high ? `Every token was sampled by version ${low}.` : `Sampled by versions ${low} to ${high}: the weights changed while it was under way. The store keeps these ends, not the version of each token.`;
+  if (low === high) return `Every token was sampled by version ${low}.`;
+  return `Sampled by versions ${low} to ${high}: the weights changed while it was under way.`;
 }
 
 const scale = () => h("p", { class: "key" }, [[0, "likely"], [-1, "-1 nat"], [-3, "-3"], [-6, "-6 and less"]].map(([value, words]) => {
@@ -40,10 +41,10 @@ function one(completion, i, view, by) {
   });
   box.append(prompt, ...completion.tokens.map((text, j) => {
     const logprob = completion.logprobs[j] ?? null;
-    const words = by === "version" && view.versions[0] === view.versions[1] ? `, version ${view.versions[0]}` : "";
-    const node = h("span", { title: plain(`${JSON.stringify(text)} id ${completion.ids[j]}, logprob ${number(logprob)}${words}`) }, visible(text));
+    const version = completion.versions[j] ?? null;
+    const node = h("span", { title: plain(`${JSON.stringify(text)} id ${completion.ids[j]}, logprob ${number(logprob)}, version ${version ?? "unknown"}`) }, visible(text));
     if (by === "logprob" && logprob !== null) tint(node, logprob);
-    if (by === "version" && view.versions[0] !== null && view.versions[0] === view.versions[1]) node.style.backgroundColor = `color-mix(in srgb, ${colour(`c${view.versions[0] % 6}`)} 30%, transparent)`;
+    if (by === "version" && version !== null) node.style.backgroundColor = `color-mix(in srgb, ${colour(`c${version % 6}`)} 30%, transparent)`;
     return node;
   }));
   return box;
