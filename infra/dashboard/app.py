@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp
 
-from infra.dashboard.feed import KINDS_OF_EVENTS, Feed
+from infra.dashboard.feed import Feed
 from infra.dashboard.guard import Guard
 from infra.dashboard.library import Library
 from infra.dashboard.live import fingerprint, ticks
@@ -123,8 +123,8 @@ def _serve_curves(app: FastAPI, library: Library) -> None:
 
     @app.get("/api/runs/{run}/events")
     def events(run: str) -> Any:
-        found = [{"kind": e.kind, "time": e.time, "text": _sentence(e.kind, e.data)} for e in feed(run).happened if e.kind in KINDS_OF_EVENTS]
-        return Json(found[-5000:])
+        happened = feed(run).happened[-5000:]
+        return Json([{"kind": e.kind, "time": e.time, "text": _sentence(e.kind, e.data)} for e in happened])
 
 
 def _serve_questions(app: FastAPI, library: Library) -> None:
@@ -161,9 +161,9 @@ def _serve_rollouts(app: FastAPI, library: Library) -> None:
 
     @app.get("/api/runs/{run}/rollouts")
     def rollouts(
-        run: str, env: str = "", label: str = "", status: str = "", state: str = "", difficulty: str = "", group: str = "", worker: str = "",
-        text: Annotated[str, Query(max_length=2000)] = "", min_reward: float | None = None, max_reward: float | None = None,
-        min_step: int | None = None, max_step: int | None = None,
+        run: str, env: str = "", label: str = "", status: str = "", state: str = "", difficulty: str = "", group: str = "",
+        worker: str = "", text: Annotated[str, Query(max_length=2000)] = "",
+        min_reward: float | None = None, max_reward: float | None = None, min_step: int | None = None, max_step: int | None = None,
         sort: str = "newest", offset: Page = 0, limit: Annotated[int, Query(ge=1, le=200)] = 50,
     ) -> Any:  # fmt: skip
         wanted = Filter(

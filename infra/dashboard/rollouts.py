@@ -77,7 +77,9 @@ class Filter:
                 values.append(value)
         if self.text:
             needle = json.dumps(self.text)[1:-1]  # the columns hold JSON
-            conditions.append("(" + " OR ".join(f"contains(lower({c}), lower(?))" for c in ("messages", "evidence")) + " OR rollout_id = ?)")
+            conditions.append(
+                "(" + " OR ".join(f"contains(lower({c}), lower(?))" for c in ("messages", "evidence")) + " OR rollout_id = ?)"
+            )
             values += [needle, needle, self.text]
         return " AND ".join(conditions) or "true", values
 
@@ -98,7 +100,9 @@ class Rollouts:
             raise ValueError(f"sort {sort!r}, wanted one of {', '.join(SORTS)}")
         where, values = wanted.where()
         total = self._rows(f"SELECT count(*) AS n FROM known WHERE {where}", values)[0]["n"]
-        rows = self._rows(f"SELECT {LIST_COLUMNS} FROM known WHERE {where} ORDER BY {SORTS[sort]} LIMIT ? OFFSET ?", [*values, limit, offset])
+        rows = self._rows(
+            f"SELECT {LIST_COLUMNS} FROM known WHERE {where} ORDER BY {SORTS[sort]} LIMIT ? OFFSET ?", [*values, limit, offset]
+        )
         return {"total": total, "offset": offset, "limit": limit, "rows": rows}
 
     def one(self, rollout_id: str, label: str = "") -> dict[str, Any] | None:
@@ -120,7 +124,8 @@ class Rollouts:
         """What there is to filter by, with counts."""
         return {
             column: self._rows(
-                f"SELECT {column} AS value, count(*) AS n FROM known WHERE {column} IS NOT NULL GROUP BY ALL ORDER BY n DESC, value LIMIT 500"
+                f"SELECT {column} AS value, count(*) AS n FROM known WHERE {column} IS NOT NULL "
+                "GROUP BY ALL ORDER BY n DESC, value LIMIT 500"
             )
             for column in ("env", "label", "status", "state", "difficulty", "worker")
         }
@@ -162,7 +167,10 @@ class Rollouts:
             ).fetchnumpy()
         times = np.stack([np.asarray(found["started_at"], np.float64), np.asarray(found["ended_at"], np.float64)], axis=1)
         workers, labels = np.asarray(found["worker"], object), np.asarray(found["label"], object)
-        return ({name: times[workers == name] for name in sorted(set(workers))}, {name: times[labels == name] for name in sorted(set(labels))})
+        return (
+            {name: times[workers == name] for name in sorted(set(workers))},
+            {name: times[labels == name] for name in sorted(set(labels))},
+        )
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
         with self._cursor() as db:

@@ -72,9 +72,7 @@ def _steps(columns: dict[str, Floats], origin: float) -> dict[str, Floats]:
 
 def _segments(steps: dict[str, Floats], seen: np.ndarray[Any, np.dtype[np.bool_]]) -> list[dict[str, Any]]:
     names = ("begin", *PARTS, "pause")
-    return [
-        {"version": int(steps["version"][i])} | {name: round(float(steps[name][i]), 4) for name in names} for i in np.flatnonzero(seen)
-    ]
+    return [{"version": int(steps["version"][i])} | {name: round(float(steps[name][i]), 4) for name in names} for i in np.flatnonzero(seen)]
 
 
 def _seconds(steps: dict[str, Floats], part: str, seen: np.ndarray[Any, np.dtype[np.bool_]]) -> float:

@@ -8,7 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from rl_core.run_store import StoredRun
 
@@ -27,7 +29,10 @@ class Decoder(Protocol):
 def token_view(run: StoredRun, row: Mapping[str, Any]) -> dict[str, Any]:
     """{"kept": False, "why": sentence}, or {"kept": True, "completions": [{"prompt", "tokens", "ids", "logprobs", "versions"}], ...}."""
     if not row.get("token_ids"):
-        return {"kept": False, "why": "This run's store keeps no tokens of this rollout: only their counts, and the text of the conversation."}
+        return {
+            "kept": False,
+            "why": "The store of this run keeps no tokens of this rollout: their counts, and the text of the conversation.",
+        }
     tokenizer = _tokenizer_of(run)
     left, completions = MAX_TOKENS, []
     for prompt, ids, logprobs, versions in zip(row["prompt_ids"], row["token_ids"], row["logprobs"], row["versions"], strict=True):
@@ -57,9 +62,8 @@ def _texts(tokenizer: Decoder | None, ids: Sequence[int]) -> list[str]:
 def _tokenizer_of(run: StoredRun) -> Decoder | None:
     """The tokenizer that the run's own config names, if it lies on this machine."""
     try:
-        config = yaml.safe_load((run.run_dir / "config.yaml").read_text(encoding="utf-8"))
-        path = Path(config["model"]["path"]) / "tokenizer.json"
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        path = Path(str(OmegaConf.select(OmegaConf.load(run.run_dir / "config.yaml"), "model.path"))) / "tokenizer.json"
+    except (OSError, OmegaConfBaseException, YAMLError):
         return None
     with _loading:
         return _load(path) if path.is_file() else None

@@ -14,7 +14,18 @@ import pytest
 from infra.dashboard.serving import serving
 from rl_core.events import Event
 from rl_core.run_store import RunStore
-from tests.unit.dashboards import ANSI, HOSTILE_RUN, IMAGE, LARGE_RUN, OVERRIDE, SCRIPT, environment_names, hostile_run, large_run, large_step
+from tests.unit.dashboards import (
+    ANSI,
+    HOSTILE_RUN,
+    IMAGE,
+    LARGE_RUN,
+    OVERRIDE,
+    SCRIPT,
+    environment_names,
+    hostile_run,
+    large_run,
+    large_step,
+)
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements/dev.txt)")
 CHROMIUM = shutil.which("chromium")
@@ -23,6 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no 
 expect = sync_api.expect
 WAIT_MS = 30_000
 """For what must come; a busy machine may take its time."""
+expect.set_options(timeout=WAIT_MS)
 
 VIEWS = ("curves", "mixture", "staleness", "mtp", "time", "events", "ledger", "rollouts")
 LARGE, HOSTILE = (f"#/run/{quote(run)}" for run in (LARGE_RUN, HOSTILE_RUN))
@@ -145,11 +157,11 @@ def test_an_event_that_is_appended_appears_by_itself(visitor: Visitor, runs_dir:
     store = RunStore(runs_dir / LARGE_RUN)
     try:
         store.emit(large_step(51, environment_names(200)))
-        expect(visitor.page.locator("#run-state")).to_contain_text("step 51 of 100", timeout=WAIT_MS)
+        expect(visitor.page.locator("#run-state")).to_contain_text("step 51 of 100")
         expect(visitor.page.locator("#run-state")).to_contain_text("running")
         visitor.page.locator("#tabs a", has_text="Events").click()
         store.emit(Event(kind="note", data={"text": "env_007 is broken, 3 groups in a row (host died)"}))
-        expect(visitor.page.locator("#content")).to_contain_text("env_007 is broken", timeout=WAIT_MS)
+        expect(visitor.page.locator("#content")).to_contain_text("env_007 is broken")
     finally:
         store.close()
 

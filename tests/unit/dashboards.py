@@ -52,14 +52,18 @@ def environment_names(count: int) -> list[str]:
     return [f"env_{i:03d}" for i in range(count)]
 
 
-def large_step(version: int, envs: list[str]) -> Event:
+def large_step(version: int, envs: list[str], more: int = 0) -> Event:
     metrics = {"step/seconds": 1.0, "step/waited_s": 0.5, "learner/trained_tokens": 1000.0, "queue/in_flight": 4.0}
+    metrics |= {"learner/staleness_mean": 0.5, "learner/mismatch_kl": 1e-4 * version, "rollout/tokens_per_s": 900.0}
     for i, env in enumerate(envs):
         metrics |= {f"env/{env}/reward": (version + i) % 50 / 50, f"env/{env}/share": 1 / len(envs), f"env/{env}/mtp_acceptance": 0.5}
+        metrics |= {f"env/{env}/component/c{j}": 0.123456789012 * j for j in range(more)}
     return Event(kind="step", data={"version": version, "metrics": metrics}, time=1000.0 + version)
 
 
-def large_run(runs_dir: Path, *, environments: int = 200, steps: int = 50, rollouts: int = 100_000) -> Path:
+def large_run(
+    runs_dir: Path, *, environments: int = 200, steps: int = 50, rollouts: int = 100_000, metrics_per_environment: int = 3
+) -> Path:
     """Its rollouts are segments in the store's schema, made from whole columns."""
     folder = runs_dir / LARGE_RUN
     folder.mkdir(parents=True)
@@ -69,7 +73,7 @@ def large_run(runs_dir: Path, *, environments: int = 200, steps: int = 50, rollo
     started = {"run": "large", "steps": 2 * steps, "environments": dict.fromkeys(envs, 1.0), "max_staleness": 2}
     store.emit(Event(kind="run_started", data=started, time=1000.0))
     for version in range(1, steps + 1):
-        store.emit(large_step(version, envs))
+        store.emit(large_step(version, envs, metrics_per_environment - 3))
     store.close()
     segment = 20_000
     for part, first in enumerate(range(0, rollouts, segment)):

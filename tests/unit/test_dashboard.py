@@ -173,7 +173,9 @@ def test_curves_are_columns_with_null_where_a_step_has_no_value(page: TestClient
 def test_many_steps_are_thinned_to_the_means_of_bins(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     for version in range(1, 1001):
-        store.emit(Event(kind="step", data={"version": version, "metrics": {"learner/loss": float(version), "learner/trained_tokens": 2.0}}))
+        store.emit(
+            Event(kind="step", data={"version": version, "metrics": {"learner/loss": float(version), "learner/trained_tokens": 2.0}})
+        )
     store.close()
     series = Feed(StoredRun(tmp_path)).refresh().series(["learner/loss"], points=100)
     assert series["steps"] == list(range(10, 1001, 10))
@@ -336,7 +338,17 @@ def test_the_page_never_turns_text_into_markup_and_names_no_other_place() -> Non
     assert len(ours) > 15
     for path in ours:
         text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
-        for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser", "srcdoc", "http:", "https:"):
+        for forbidden in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "DOMParser",
+            "srcdoc",
+            "http:",
+            "https:",
+        ):
             assert forbidden not in text, f"{path.name}: {forbidden}"
     html = (STATIC / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<script(?![^>]*\bsrc=)|\son\w+=|style=|<style", html)
