@@ -179,7 +179,7 @@ def _serve_rollouts(app: FastAPI, library: Library) -> None:
         if row is None:
             raise HTTPException(404, "there is no rollout of that id in this run, or it is not written yet")
         row["tokens"] = token_view(known.stored, row)
-        for name in ("prompt_ids", "token_ids", "logprobs", "versions"):
+        for name in ("prompt_ids", "token_ids", "logprobs", "versions", "forced"):
             row.pop(name, None)
         return Json(row)
 

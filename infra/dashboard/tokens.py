@@ -27,7 +27,7 @@ class Decoder(Protocol):
 
 
 def token_view(run: StoredRun, row: Mapping[str, Any]) -> dict[str, Any]:
-    """{"kept": False, "why": sentence}, or {"kept": True, "completions": [{"prompt", "tokens", "ids", "logprobs", "versions"}], ...}."""
+    """{"kept": False, "why": sentence}, or {"kept": True, "completions": [{"prompt", "tokens", "ids", "logprobs", "versions", "forced"}], ...}."""
     if not row.get("token_ids"):
         return {
             "kept": False,
@@ -35,7 +35,8 @@ def token_view(run: StoredRun, row: Mapping[str, Any]) -> dict[str, Any]:
         }
     tokenizer = _tokenizer_of(run)
     left, completions = MAX_TOKENS, []
-    for prompt, ids, logprobs, versions in zip(row["prompt_ids"], row["token_ids"], row["logprobs"], row["versions"], strict=True):
+    kept = (row["prompt_ids"], row["token_ids"], row["logprobs"], row["versions"], row["forced"])
+    for prompt, ids, logprobs, versions, forced in zip(*kept, strict=True):
         completions.append(
             {
                 "prompt": _texts(tokenizer, prompt[-left:] if left else []),
@@ -43,6 +44,7 @@ def token_view(run: StoredRun, row: Mapping[str, Any]) -> dict[str, Any]:
                 "ids": ids[:left],
                 "logprobs": logprobs[:left],
                 "versions": versions[:left],
+                "forced": [place for place in forced if place < left],
             }
         )
         left = max(0, left - len(prompt) - len(ids))

@@ -253,6 +253,7 @@ def test_a_rollout_comes_back_as_data_with_its_tokens_and_versions(page: TestCli
     assert completion["ids"] == [0, 1, 2]
     assert completion["logprobs"] == [-0.5, -0.5, -0.5]
     assert completion["versions"] == [2, 3, 3]
+    assert completion["forced"] == []
     assert page.get("/api/runs/demo/rollout?id=g000000-0").json()["tokens"]["kept"] is False
 
 

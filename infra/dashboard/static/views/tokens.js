@@ -6,7 +6,7 @@ import { number } from "../format.js";
 
 const MISSING = {
   ratio: "Importance ratios are not recorded per token: the learner reports their mean, masked share and effective sample size of each step (Staleness view).",
-  mask: "The learner's mask is not recorded per token. Sampled tokens (coloured by anything else) are those that the loss may see; prompt and environment text never trains.",
+  mask: "Blue may train: the policy sampled it. Struck through was written by us, at a thinking budget, and never trains; nor do prompts and what the environment said. Which sampled tokens the importance rule masked is not recorded per token: their share in each step is in the Staleness view.",
 };
 
 export function tokens(row, by) {
@@ -44,6 +44,9 @@ function one(completion, i, view, by) {
     const version = completion.versions[j] ?? null;
     const node = h("span", { title: plain(`${JSON.stringify(text)} id ${completion.ids[j]}, logprob ${number(logprob)}, version ${version ?? "unknown"}`) }, visible(text));
     if (by === "logprob" && logprob !== null) tint(node, logprob);
+    const forced = completion.forced.includes(j);
+    if (forced) node.classList.add("forced");
+    if (by === "mask" && !forced) node.style.backgroundColor = `color-mix(in srgb, ${colour("c0")} 25%, transparent)`;
     if (by === "version" && version !== null) node.style.backgroundColor = `color-mix(in srgb, ${colour(`c${version % 6}`)} 30%, transparent)`;
     return node;
   }));
