@@ -114,7 +114,8 @@ class Guard:
         """The same link without its token, and a cookie."""
         path = "/" + path.lstrip("/\\")  # "//elsewhere" would be another host
         response = Response(status_code=303, headers={"Location": path + (f"?{urlencode(query)}" if query else "")})
-        response.set_cookie(self._cookie, self._pass, httponly=True, samesite="strict", path="/")
+        # Not "strict": a browser would not send it with this very redirect, if the link was clicked in a chat or a mail.
+        response.set_cookie(self._cookie, self._pass, httponly=True, samesite="lax", path="/")
         return response
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 LOOK_SECONDS = 0.5
@@ -16,7 +17,7 @@ HEARTBEAT_SECONDS = 15.0
 
 
 def fingerprint(folder: Path) -> dict[str, float]:
-    """Changes when a run does, or when runs come and go."""
+    """Changes when a run does, or any run of a folder of runs."""
     marks: dict[str, float] = {}
     for name in ("events.jsonl", "rollouts", "ledger.sqlite", "ledger.sqlite-wal", "."):
         try:
@@ -24,6 +25,9 @@ def fingerprint(folder: Path) -> dict[str, float]:
         except OSError:
             continue
         marks[name] = float(stat.st_size if name == "events.jsonl" else stat.st_mtime_ns)
+    for path in folder.glob("*/events.jsonl"):  # of a folder of runs
+        with suppress(FileNotFoundError):  # removed since it was listed
+            marks[path.parent.name] = float(path.stat().st_size)
     return marks
 
 

@@ -27,7 +27,10 @@ class Decoder(Protocol):
 
 
 def token_view(run: StoredRun, row: Mapping[str, Any]) -> dict[str, Any]:
-    """{"kept": False, "why": sentence}, or {"kept": True, "completions": [{"prompt", "tokens", "ids", "logprobs", "versions", "forced"}], ...}."""
+    """{"kept": False, "why": sentence}, or {"kept": True, "completions": [...], ...}.
+
+    A completion is {"prompt", "tokens", "ids", "logprobs", "versions", "forced"}: the last are places in "tokens" of what we wrote.
+    """
     if not row.get("token_ids"):
         return {
             "kept": False,

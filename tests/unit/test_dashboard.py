@@ -3,14 +3,17 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from httpx import Response
 from typer.testing import CliRunner
 
 import infra.dashboard
@@ -50,7 +53,7 @@ def page(runs_dir: Path) -> Iterator[TestClient]:
         yield found
 
 
-def error(response: Response) -> str:
+def error(response: httpx.Response) -> str:
     return str(response.json()["error"])
 
 
@@ -80,7 +83,7 @@ def test_the_first_link_is_answered_with_a_cookie_and_the_link_without_its_token
     assert (first.status_code, first.headers["location"]) == (303, "/?a=1")
     cookie = first.headers["set-cookie"]
     assert "HttpOnly" in cookie
-    assert "samesite=strict" in cookie.lower()
+    assert "samesite=lax" in cookie.lower()
     assert "sesame" not in cookie
     assert page.get("/api/runs").status_code == 200  # the client sends the cookie back
 
@@ -97,6 +100,23 @@ def test_a_token_may_come_as_a_bearer_and_never_as_a_cookie_of_itself(tmp_path: 
 def test_the_redirect_stays_on_this_host(tmp_path: Path, path: str) -> None:
     location = client(tmp_path, token="t").get(f"http://127.0.0.1:8080{path}?token=t").headers["location"]
     assert re.match(r"/[^/\\]", location), location
+
+
+def test_the_command_prints_its_address_serves_there_and_leaves_quietly(tmp_path: Path) -> None:
+    program = "from infra.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "dashboard", str(tmp_path), "--port", "0", "--token", "sesame"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            address = process.stdout.readline().strip()
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=sesame", address)
+            with httpx.Client(follow_redirects=True, timeout=60) as browser:
+                assert "<title>polyrl</title>" in browser.get(address).text
+            process.send_signal(signal.SIGINT)
+            _, complaints = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, complaints) == (0, "")
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.9", "", "localhost.evil.example:8080"])
@@ -329,6 +349,14 @@ async def test_an_event_a_segment_and_the_ledger_each_change_the_fingerprint(tmp
     Ledger(tmp_path / "ledger.sqlite").close()
     seen.append(fingerprint(tmp_path))
     assert len({json.dumps(marks) for marks in seen}) == 4
+
+
+async def test_news_of_any_run_change_the_fingerprint_of_their_folder(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run")
+    before = fingerprint(tmp_path)
+    store.emit(events()[0])
+    assert fingerprint(tmp_path) != before
+    store.close()
 
 
 # The page itself.

@@ -98,7 +98,7 @@ function keepFocus(swap) {
 
 /** Listen for news of one run, or of the folder of runs. */
 function follow(run) {
-  if (stream && streamOf === run) return;
+  if ((stream && streamOf === run) || document.hidden) return;
   stream?.close();
   streamOf = run;
   stream = new EventSource(`api/stream${run ? `?run=${encodeURIComponent(run)}` : ""}`);
@@ -122,6 +122,16 @@ function follow(run) {
     }, 200);
   });
 }
+
+// A browser keeps few connections to one server: a page that nobody sees gives its own back.
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) {
+    show(true);
+  } else {
+    stream?.close();
+    stream = null;
+  }
+});
 
 const THEMES = ["auto", "light", "dark"];
 function theme(choice) {
