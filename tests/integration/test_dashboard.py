@@ -76,11 +76,12 @@ class Visitor:
         page.on("dialog", lambda dialog: self.said.append(f"dialog: {dialog.message}"))
         page.on("request", lambda request: self.asked.append(request.url))
 
-    def open(self, view: str) -> Any:
-        """A view by its link alone, in a fresh page; its content, when it is whole."""
-        self.page.goto("about:blank")
+    def open(self, view: str, *, fresh: bool = False) -> Any:
+        """A view by its link: in a page that knows nothing yet, or in the one that is open. Its content, when it is whole."""
+        if fresh:
+            self.page.goto("about:blank")
         self.page.goto(self.address + view)
-        self.page.locator("#main[data-ready]").wait_for()
+        expect(self.page.locator("#main")).to_have_attribute("data-ready", view)
         expect(self.page.locator("#error")).to_be_hidden()
         return self.page.locator("#content")
 
@@ -129,7 +130,7 @@ def test_two_hundred_environments_are_searched_and_paged(visitor: Visitor) -> No
 
 
 def test_a_link_restores_the_whole_view(visitor: Visitor) -> None:
-    content = visitor.open(f"{LARGE}/curves?q=env_00&metric=mtp_acceptance&x=time&smooth=25")
+    content = visitor.open(f"{LARGE}/curves?q=env_00&metric=mtp_acceptance&x=time&smooth=25", fresh=True)
     expect(content.locator(".card")).to_have_count(10)
     assert visitor.page.get_by_role("searchbox", name="Environments").input_value() == "env_00"
     for label, value in (("Metric", "mtp_acceptance"), ("x axis", "time"), ("Smoothing", "25")):
