@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from rl_core.journal import SCHEMA, batch_completions, checksum, completion_batch, record_batches, rollout_header, to_rollout
-from rl_core.types import CUT_OFF, Completion, Rollout, Task, VersionSpan
+from rl_core.types import CUT_OFF, Completion, Rollout, Task, VersionSpan, add_positions
 
 SEGMENT_BYTES = 16 << 20
 """A worker begins another file beyond this size; older ones are deleted when all their groups have ended."""
@@ -167,6 +167,7 @@ def joined(first: Completion, rest: Completion) -> Completion:
         drafted=first.drafted + rest.drafted,
         accepted=first.accepted + rest.accepted,
         forced=(*first.forced, *(split + place for place in rest.forced)),
+        positions=add_positions([first.positions, rest.positions]),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from rl_core.types import Completion, Group, Message, Rollout, Status, Task, Turn, Verdict, VersionSpan
+from rl_core.types import Completion, Group, Message, Rollout, Status, Task, Turn, Verdict, VersionSpan, add_positions
 
 SEGMENT_BYTES = 64 << 20
 """A segment is closed beyond this size; only closed ones can be pruned."""
@@ -203,6 +203,7 @@ def completion_batch(rows: Sequence[tuple[int, Completion]]) -> pa.RecordBatch:
             {
                 "spans": [[s.start, s.stop, s.version] for s in c.spans], "finish_reason": c.finish_reason,
                 "engine_steps": c.engine_steps, "drafted": c.drafted, "accepted": c.accepted, "forced": list(c.forced),
+                "positions": c.positions,
             }
         )
         for _, c in rows
@@ -224,7 +225,8 @@ def batch_completions(batch: pa.RecordBatch) -> Iterator[tuple[int, Completion]]
         spans = tuple(VersionSpan(start=a, stop=b, version=v) for a, b, v in values.pop("spans"))
         forced = tuple(values.pop("forced"))
         ids = {name: batch[name][i].values.to_numpy(zero_copy_only=False).copy() for name in ("prompt_ids", "token_ids", "logprobs")}
-        yield index, Completion(**ids, spans=spans, forced=forced, **values)
+        positions = add_positions([values.pop("positions")])
+        yield index, Completion(**ids, spans=spans, forced=forced, positions=positions, **values)
 
 
 def lists(arrays: Sequence[Any], dtype: Any) -> pa.ListArray:

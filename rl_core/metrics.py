@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rl_core.mixer import Mixer
 from rl_core.seams import GroupResult
-from rl_core.types import Agreement, Receipt, StepStats
+from rl_core.types import Agreement, Receipt, StepStats, add_positions
 
 
 class StepMetrics:
@@ -97,6 +97,10 @@ def group_figures(groups: Sequence[GroupResult], seconds: float) -> dict[str, fl
         figures[f"component/{name}"] = sum(values) / len(values)
     if drafted:
         figures["mtp_acceptance"] = sum(g.accepted for g in groups) / drafted
+        figures["mtp_drafts_per_step"] = drafted / steps
+        for position, (proposed, accepted) in enumerate(add_positions([g.positions for g in groups]), 1):
+            if proposed:
+                figures[f"mtp_acceptance/{position}"] = accepted / proposed
     if steps:
         figures["tokens_per_engine_step"] = sampled / steps
     return figures

@@ -11,7 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from rl_core.types import Agreement, Completion, EpisodeSpec, Group, Message, Receipt, SamplingParams, StepStats, Task, Turn, Verdict
+from rl_core.types import (
+    Agreement,
+    Completion,
+    EpisodeSpec,
+    Group,
+    Message,
+    Receipt,
+    SamplingParams,
+    StepStats,
+    Task,
+    Turn,
+    Verdict,
+    add_positions,
+)
 
 Ref = Any
 
@@ -98,6 +111,8 @@ class GroupResult:
     """Workers that it was given to, in this life of the run."""
     kept: int = 0  # rollouts that an earlier attempt had finished
     continued: int = 0  # rollouts that went on from an earlier attempt's tokens
+    positions: tuple[tuple[int, int], ...] = ()
+    """(drafted, accepted) of first drafts, of second ones, ..."""
     uses: int = 0
     """Steps that it has trained in so far."""
     failure: str = ""
@@ -131,6 +146,7 @@ class GroupResult:
             drafted=sum(c.drafted for c in completions),
             accepted=sum(c.accepted for c in completions),
             engine_steps=sum(c.engine_steps for c in completions),
+            positions=add_positions([c.positions for c in completions]),
             seconds=seconds,
             thinking_tokens=sum(r.thinking_tokens for r in group.rollouts),
             thoughts_closed=sum(r.thoughts_closed for r in group.rollouts),

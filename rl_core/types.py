@@ -9,9 +9,10 @@ is never edited, only a later thing is made from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,8 @@ class Completion:
     forced: tuple[int, ...] = ()
     """Places in [0, T), ascending, of tokens that we wrote into the turn to close a thought (rl_core/thinking.py). The policy read them
     and did not sample them: their logprob is 0 by convention, their version that of the token before, and they never train."""
+    positions: tuple[tuple[int, int], ...] = ()
+    """(drafted, accepted) of first drafts, of second ones, ...; where k was 2 in one step and 1 in another: ((2, 1), (1, 1))."""
 
     def __post_init__(self) -> None:
         covered = sum(s.stop - s.start for s in self.spans)
@@ -169,6 +172,12 @@ class Completion:
     def versions(self) -> Ids:
         """[T] policy version of each sampled token."""
         return np.concatenate([np.full(s.stop - s.start, s.version, np.int32) for s in self.spans] or [np.empty(0, np.int32)])
+
+
+def add_positions(counts: Iterable[Sequence[Sequence[int]]]) -> tuple[tuple[int, int], ...]:
+    """Position by position: [((2, 1), (1, 1)), ((3, 3),)] -> ((5, 4), (1, 1))."""
+    columns = zip_longest(*counts, fillvalue=(0, 0))
+    return tuple((sum(drafted for drafted, _ in column), sum(accepted for _, accepted in column)) for column in columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

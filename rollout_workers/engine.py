@@ -28,6 +28,7 @@ from rl_core.config import RolloutConfig
 from rl_core.thinking import THOUGHT_FULL
 from rl_core.types import CUT_OFF, Completion, Receipt, SamplingParams, VersionSpan
 from rollout_workers.vllm_plugin import BACKEND, OWNER_VARIABLE
+from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE
 from rollout_workers.vllm_plugin.thought_cap import THINKING
 
 T = TypeVar("T")
@@ -212,10 +213,10 @@ def completion(prompt: Sequence[int], output: Any, *, speculative: bool) -> Comp
     chosen = np.asarray([flat.token_ids[start] for start in flat.start_indices], np.int32)
     assert np.array_equal(ids, chosen), f"logprobs of tokens {chosen} came for sampled tokens {ids}"
     steps, drafted, accepted = len(ids), 0, 0
+    positions: tuple[tuple[int, int], ...] = ()
     if speculative and (metrics := output.spec_decode_metrics) is not None:
-        verifying = sum(metrics.histogram)
-        drafted = metrics.num_draft_tokens
-        accepted = sum(count * times for count, times in enumerate(metrics.histogram))
+        verifying, drafted, accepted = len(metrics.per_step_drafted), metrics.num_draft_tokens, sum(metrics.per_step_accepted)
+        positions = by_position(metrics.per_step_drafted, metrics.per_step_accepted)
         steps = verifying + max(1, len(ids) - verifying - accepted)
     spans = tuple(VersionSpan(start=s.start, stop=s.end, version=int(s.version)) for s in output.weight_versions or ())
     return Completion(
@@ -227,7 +228,14 @@ def completion(prompt: Sequence[int], output: Any, *, speculative: bool) -> Comp
         engine_steps=steps,
         drafted=drafted,
         accepted=accepted,
+        positions=positions,
     )
+
+
+def by_position(drafted: Sequence[int], accepted: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """From what each step drafted and accepted: [2, 1, 2], [1, 1, 0] -> ((3, 2), (2, 0))."""
+    longest = max(drafted, default=0)
+    return tuple((sum(d >= j for d in drafted), sum(a >= j for a in accepted)) for j in range(1, longest + 1))
 
 
 def cut_off(state: Any, start: int) -> Completion:
@@ -275,7 +283,7 @@ def engine_arguments(model_path: str, dtype: str, rollout: RolloutConfig, seed: 
                 f"set rollout.speculative_tokens=0"
             )
         arguments["speculative_config"] = {"method": "mtp", "num_speculative_tokens": k}
-        arguments["per_request_spec_decode_metrics"] = "summary"
+        arguments["per_request_spec_decode_metrics"] = "detailed"
     return arguments
 
 
@@ -283,6 +291,7 @@ def environment(rollout: RolloutConfig) -> dict[str, str]:
     """Environment variables that this process must have before vLLM is imported; engine processes inherit them."""
     return {
         OWNER_VARIABLE: str(os.getpid()),
+        AUTO_VARIABLE: "1" if rollout.auto_k else "0",
         "OMP_NUM_THREADS": str(rollout.num_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # learner and environments share the cores; a pinned engine would lose its own to them
         # Keeps the model in the engine's own process. vLLM otherwise adds one more on CPU, and a hop through it to every step.

@@ -38,9 +38,9 @@ def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "rollout_workers.vllm_plugin.weights", "SharedMemoryWeights")
     if current_platform.is_cpu():
-        from rollout_workers.vllm_plugin import conv_update, latent_moe, sampling, seeded, ssm_update
+        from rollout_workers.vllm_plugin import auto_k, conv_update, latent_moe, mtp_draft, rejection, sampling, seeded, ssm_update
 
-        for fix in (conv_update, latent_moe, sampling, seeded, ssm_update):
+        for fix in (auto_k, conv_update, latent_moe, mtp_draft, rejection, sampling, seeded, ssm_update):
             fix.install()
 
 

@@ -10,6 +10,7 @@ updates load as they do on CUDA.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -46,6 +47,17 @@ def _load_down(
     return True
 
 
+@dataclass(frozen=True)
+class Routing:
+    """What of a checkpoint's configuration the router asks for in each step; the configuration itself takes microseconds to answer."""
+
+    n_group: int
+    topk_group: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+
 class Experts(nn.Module):
     """Where the policy's loader hands over `experts.<i>.<up|down>_proj.weight`."""
 
@@ -74,7 +86,7 @@ class CpuLatentMoE(nn.Module):
 
         hidden, experts = config.hidden_size, config.n_routed_experts
         latent = getattr(config, "moe_latent_size", None) or hidden
-        self.config = config
+        self.routing = Routing(**{field.name: getattr(config, field.name) for field in fields(Routing)})
         self.n_redundant_experts, self.n_shared_experts = 0, config.n_shared_experts
         self.n_routed_experts = self.n_logical_experts = self.n_physical_experts = self.n_local_physical_experts = experts
         self.gate = nn.Linear(hidden, experts, bias=False)
@@ -96,17 +108,24 @@ class CpuLatentMoE(nn.Module):
         self.experts = Experts(experts, latent, config.moe_intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, index = route(x, self.gate.weight, self.gate.e_score_correction_bias, self.config)
+        weight, index = route(x, self.gate.weight, self.gate.e_score_correction_bias, self.routing)
         z = self.fc1_latent_proj(x) if self.in_latent_space else x
         up, down = self.experts.routed_experts.w13_weight, self.experts.routed_experts.w2_weight
         mix = dense_experts if len(x) * up.numel() * 2 <= DENSE_FLOPS else sparse_experts
         out = mix(z, up, down, weight, index)
         if self.in_latent_space:
             out = self.fc2_latent_proj(out)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        return out if self.shared_experts is None else out + self._shared(x)
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """NemotronHMLP without its layers' ceremony, a third of what it takes for a few tokens."""
+        assert self.shared_experts is not None
+        up, down = self.shared_experts.up_proj, self.shared_experts.down_proj
+        h = up.cpu_linear(x, up.weight, up.bias).relu_().square_()
+        return down.cpu_linear(h, down.weight, down.bias)  # type: ignore[no-any-return]
 
 
-def route(x: Tensor, gate: Tensor, bias: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+def route(x: Tensor, gate: Tensor, bias: Tensor, config: Routing) -> tuple[Tensor, Tensor]:
     """(weights [N, top_k], expert index [N, top_k]); the correction bias chooses experts but does not weigh them (DeepSeek-V3)."""
     scores = torch.sigmoid(F.linear(x.float(), gate.float()))
     choice = scores + bias

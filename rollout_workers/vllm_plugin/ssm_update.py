@@ -34,22 +34,29 @@ def verify_update(
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = C_t h_t + D x_t
     """
     lengths = starts.diff()
-    longest = int(lengths.max())
-    rows = (starts[:-1, None] + torch.arange(longest)).clamp(max=len(x) - 1).long()
-    step = F.softplus(dt[..., 0].float() + dt_bias[:, 0].float())  # [T, H]
-    decay = (step * A[:, 0, 0].float()).exp()
-    per_group = x.shape[1] // B.shape[1]
+    batch, longest = len(lengths), int(lengths.max())
+    if batch * longest != len(x):  # [S, longest] index of each token; the tail of a shorter sequence repeats one that is never read
+        rows = (starts[:-1, None] + torch.arange(longest)).clamp(max=len(x) - 1).long()
+        x, dt, B, C = x[rows], dt[rows], B[rows], C[rows]
+    x, dt, B, C = (m.view(batch, longest, *m.shape[-2:]).float() for m in (x, dt[..., :1], B, C))
+    step = F.softplus(dt + dt_bias[:, :1].float())  # [S, L, H, 1]
+    decay = (step * A[:, 0, :1].float()).exp()
+    per_group = x.shape[2] // B.shape[2]
+    if per_group > 1:
+        B, C = B.repeat_interleave(per_group, 2), C.repeat_interleave(per_group, 2)  # [S, L, H, N]
     slots = slots.long()
     current = state[slots.gather(1, (accepted.long() - 1).clamp(min=0)[:, None])[:, 0]].float()  # [S, H, P, N]
+    after = (step * x)[..., None] * B[:, :, :, None, :]  # [S, L, H, P, N]: first what each token adds, then the state behind it
     for j in range(longest):
-        t = rows[:, j]
-        inputs = x[t].float()
-        b, c = (m[t].float().repeat_interleave(per_group, 1) for m in (B, C))  # [S, H, N]
-        current = current * decay[t][..., None, None] + (step[t][..., None] * inputs)[..., None] * b[:, :, None, :]
-        y = torch.einsum("shpn,shn->shp", current, c) + D.float() * inputs
-        live = lengths > j  # a shorter sequence has ended: what is computed for it here is never read
-        out[t[live]] = y[live].to(out.dtype)
-        state[slots[live, j]] = current[live].to(state.dtype)
+        current = after[:, j].addcmul_(current, decay[:, j, :, :, None])
+    y = (after @ C[..., None])[..., 0] + D.float() * x
+    if batch * longest == len(out):
+        out.copy_(y.view_as(out))
+        state[slots[:, :longest]] = after.to(state.dtype)
+    else:
+        live = torch.arange(longest) < lengths[:, None]
+        out.copy_(y[live])
+        state[slots[:, :longest][live]] = after[live].to(state.dtype)
 
 
 def install() -> None:
@@ -70,9 +77,13 @@ def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs.get("num_accepted_tokens") is None:
             return stock(state, x, dt, A, B, C, D, dt_bias, **kwargs)
         assert kwargs["dt_softplus"]
+        slots, accepted = kwargs["dst_state_batch_indices"], kwargs["num_accepted_tokens"]
+        if len(x) == len(slots) and bool((accepted <= 1).all()):  # nothing drafted, now or before: each state is where it always was
+            first = slots[:, 0].contiguous()
+            plain = {"num_accepted_tokens": None, "cu_seqlens": None, "state_batch_indices": first, "dst_state_batch_indices": first}
+            return stock(state, x, dt, A, B, C, D, dt_bias, **kwargs | plain)
         verify_update(
-            state, x, dt, A, B, C, D, dt_bias, kwargs["dst_state_batch_indices"], kwargs["num_accepted_tokens"], kwargs["cu_seqlens"],
-            kwargs["out"],
+            state, x, dt, A, B, C, D, dt_bias, slots, accepted, kwargs["cu_seqlens"], kwargs["out"]
         )  # fmt: skip
         return kwargs["out"]
 

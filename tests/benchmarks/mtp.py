@@ -1,10 +1,15 @@
-"""What drafting with the MTP head is worth on the shipped seed policy: generated tokens/s with k drafts per step over none.
+"""What drafting with the MTP head is worth on the shipped seed policy: generated tokens/s with drafts over none.
 
-    speedup_batch_1|4|16|64      k = 2, as in the quickstart, over k = 0, with so many sequences at a time
-    tokens_per_s_k0|k2_batch_N   of the same prompts, in turns
-    acceptance, tokens_per_step  accepted over drafted tokens, and tokens per sequence and engine step, at k = 2
+    speedup_batch_1|4|16|64        k = 2 over k = 0, with so many sequences at a time
+    auto_over_best_batch_N         an engine that chooses k, from 0 to 4, over the better of the two
+    auto_k_worst                   the worst of these, of each repetition
+    tokens_per_s_<engine>_batch_N  of the same prompts, in turns
+    tokens_per_step_<engine>_batch_N   generated tokens per sequence and forward pass of the policy, that of the prompt included
+    drafts_per_step_auto_batch_N   the k that it chose, on average
+    acceptance_<engine>_<j>        accepted over proposed, of j-th drafts
 
-Prompts are those of the four environments' first turns, in equal parts; answers are sampled at temperature 1.
+Prompts are those of the four environments' first turns, in equal parts, so that prompts are most of what is computed: a quarter of
+them has 1,000 to 4,000 tokens, an answer twenty. `_short` figures leave that environment out. Answers are sampled at temperature 1.
 """
 
 from __future__ import annotations
@@ -12,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -21,15 +27,21 @@ from environments.registry import resolve
 from infra.bench import interleaved, ratio
 from rl_core.chat import ChatML
 from rl_core.config import RolloutConfig
-from rl_core.types import SamplingParams
+from rl_core.types import Completion, SamplingParams, add_positions
 from rollout_workers.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 SEED_MODEL = ROOT / "configs" / "models" / "seed"
 BATCHES = (1, 4, 16, 64)
-ANSWERS = {1: 12, 4: 32, 16: 96, 64: 192}  # per repetition
-DRAFTS = 2
-REPETITIONS = 3
+ANSWERS = {1: 16, 4: 32, 16: 96, 64: 192}  # per repetition
+SETTINGS = {
+    "off": {"speculative_tokens": 0},
+    "on": {"speculative_tokens": 2, "auto_k": False},
+    "auto": {"speculative_tokens": 4, "auto_k": True},
+}
+LEARNING = 4
+"""Repetitions' worth of answers at each batch size from which the choosing engine learns before it is measured."""
+REPETITIONS = 5
 
 
 def bench() -> dict[str, list[float]]:
@@ -38,54 +50,86 @@ def bench() -> dict[str, list[float]]:
 
 async def measure() -> dict[str, list[float]]:
     chat = ChatML(SEED_MODEL)
-    prompts = first_turns(chat)
-    engines = {k: await start(k, chat) for k in (0, DRAFTS)}
-    figures: dict[str, list[float]] = {"acceptance": [], "tokens_per_step": []}
-    numbers = itertools.count()
-
-    async def tokens_per_s(k: int, batch: int) -> float:
-        """`batch` askers, each with one question at a time."""
-        asked = iter([next(prompts) for _ in range(ANSWERS[batch])])
-        done = []
-
-        async def ask() -> None:
-            for prompt in asked:
-                done.append(await engines[k].sample(prompt, SamplingParams(max_tokens=64), request_id=f"bench-{next(numbers)}"))
-
-        began = time.perf_counter()
-        await asyncio.gather(*(ask() for _ in range(batch)))
-        seconds = time.perf_counter() - began
-        if k:
-            figures["acceptance"].append(sum(c.accepted for c in done) / max(sum(c.drafted for c in done), 1))
-            figures["tokens_per_step"].append(sum(len(c.token_ids) for c in done) / sum(c.engine_steps for c in done))
-        return sum(len(c.token_ids) for c in done) / seconds
-
-    loop = asyncio.get_running_loop()
+    engines = {name: await start(name, chat) for name in SETTINGS}
+    figures: dict[str, list[float]] = {}
+    done: dict[str, list[Completion]] = defaultdict(list)
     try:
-        for batch in BATCHES:
-
-            def turn(k: int, batch: int = batch) -> float:
-                return asyncio.run_coroutine_threadsafe(tokens_per_s(k, batch), loop).result()
-
-            measured = await asyncio.to_thread(interleaved, {"k0": lambda: turn(0), f"k{DRAFTS}": lambda: turn(DRAFTS)}, REPETITIONS)
-            figures |= {f"tokens_per_s_{name}_batch_{batch}": values for name, values in measured.items()}
-            figures[f"speedup_batch_{batch}"] = ratio(measured[f"k{DRAFTS}"], measured["k0"])
+        for suffix, prompts in (("", first_turns(chat)), ("_short", first_turns(chat, without=("long_context",)))):
+            for batch in BATCHES if not suffix else BATCHES[:2]:
+                for _ in range(LEARNING):
+                    await answer(engines["auto"], [next(prompts) for _ in range(ANSWERS[batch])], batch)
+                figures |= await compare(engines, prompts, batch, f"{suffix}_batch_{batch}", done)
     finally:
         for engine in engines.values():
             engine.shutdown()
+    worst = [figures[f"auto_over_best_batch_{batch}"] for batch in BATCHES]
+    figures["auto_k_worst"] = [min(of_one_repetition) for of_one_repetition in zip(*worst, strict=True)]
+    for name in ("on", "auto"):
+        for j, (drafted, accepted) in enumerate(add_positions(c.positions for c in done[name]), 1):
+            figures[f"acceptance_{name}_{j}"] = [accepted / drafted]
     return figures
 
 
-async def start(k: int, chat: ChatML) -> Engine:
-    rollout = RolloutConfig(max_num_seqs=64, max_model_len=4608, speculative_tokens=k, kv_cache_gib=0.5)
-    return await Engine.start(name=f"k{k}", model_path=str(SEED_MODEL), dtype="float32", rollout=rollout, stop_ids=chat.stop_ids)
+async def compare(
+    engines: dict[str, Engine], prompts: Iterator[list[int]], batch: int, suffix: str, done: dict[str, list[Completion]]
+) -> dict[str, list[float]]:
+    """All engines in turns, each round with the same prompts for all."""
+    loop = asyncio.get_running_loop()
+    rounds = {name: itertools.count() for name in engines}
+    asked: list[list[list[int]]] = []
+    steps: dict[str, list[float]] = defaultdict(list)
+
+    def turn(name: str) -> Callable[[], float]:
+        def measured() -> float:
+            number = next(rounds[name])
+            if number == len(asked):
+                asked.append([next(prompts) for _ in range(ANSWERS[batch])])
+            began = time.perf_counter()
+            answers = asyncio.run_coroutine_threadsafe(answer(engines[name], asked[number], batch), loop).result()
+            seconds = time.perf_counter() - began
+            done[name] += answers
+            tokens, passes = sum(len(c.token_ids) for c in answers), sum(c.engine_steps for c in answers)
+            steps[f"tokens_per_step_{name}"].append(tokens / passes)
+            steps[f"drafts_per_step_{name}"].append(sum(c.drafted for c in answers) / passes)
+            return tokens / seconds
+
+        return measured
+
+    rates = await asyncio.to_thread(interleaved, {name: turn(name) for name in engines}, REPETITIONS)
+    best = [max(pair) for pair in zip(rates["on"], rates["off"], strict=True)]
+    return {
+        **{f"tokens_per_s_{name}{suffix}": values for name, values in rates.items()},
+        **{f"{figure}{suffix}": values for figure, values in steps.items() if figure != "drafts_per_step_off"},
+        f"speedup{suffix}": ratio(rates["on"], rates["off"]),
+        f"auto_over_best{suffix}": ratio(rates["auto"], best),
+    }
 
 
-def first_turns(chat: ChatML) -> Iterator[list[int]]:
+async def answer(engine: Engine, prompts: list[list[int]], batch: int) -> list[Completion]:
+    """`batch` askers, each with one question at a time."""
+    left, done = iter(prompts), []
+
+    async def ask(number: int) -> None:
+        for prompt in left:
+            name = f"bench-{time.monotonic_ns()}-{number}"
+            done.append(await engine.sample(prompt, SamplingParams(max_tokens=64), request_id=name))
+
+    await asyncio.gather(*(ask(number) for number in range(batch)))
+    return done
+
+
+async def start(name: str, chat: ChatML) -> Engine:
+    rollout = RolloutConfig(max_num_seqs=64, max_model_len=4608, kv_cache_gib=0.5, **SETTINGS[name])  # type: ignore[arg-type]
+    return await Engine.start(name=name, model_path=str(SEED_MODEL), dtype="float32", rollout=rollout, stop_ids=chat.stop_ids)
+
+
+def first_turns(chat: ChatML, *, without: tuple[str, ...] = ()) -> Iterator[list[int]]:
     """Prompts of the quickstart's environments, one after the other, without end."""
     config = OmegaConf.load(ROOT / "configs" / "quickstart.yaml")
     streams = []
     for name, env in config.environments.items():
+        if name in without:
+            continue
         options = {"tokenizer": str(SEED_MODEL), **OmegaConf.to_container(env.options)}  # type: ignore[dict-item]
         streams.append((resolve(name)(**options), resolve(name).tasks("train", 7, options)))
     while True:

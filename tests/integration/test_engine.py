@@ -35,7 +35,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 T = TypeVar("T")
 VOCAB, STOP, DRAFTS = 128, 3, 2
-ROLLOUT = RolloutConfig(max_num_seqs=16, max_model_len=512, max_batched_tokens=1024, speculative_tokens=DRAFTS, kv_cache_gib=0.25)
+ROLLOUT = RolloutConfig(
+    max_num_seqs=16, max_model_len=512, max_batched_tokens=1024, speculative_tokens=DRAFTS, auto_k=False, kv_cache_gib=0.25
+)
 
 
 class Served:

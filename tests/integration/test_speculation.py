@@ -1,0 +1,100 @@
+"""An engine that chooses how many tokens it drafts: whatever it chooses, what it samples and says about it is the policy's.
+
+A fresh engine tries every number at every batch size first, so that k changes all the time here, to 0 and back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from learner.model import PolicyModel
+from rl_core.config import RolloutConfig
+from rl_core.types import Completion, SamplingParams
+from rollout_workers.engine import Engine
+from tests.integration.tiny_hybrid import make_tiny_hybrid
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+VOCAB, MOST = 128, 4
+ROLLOUT = RolloutConfig(max_num_seqs=8, max_model_len=512, max_batched_tokens=1024, speculative_tokens=MOST, kv_cache_gib=0.25)
+
+
+class Sampled:
+    """What one engine sampled, all in one go: vLLM is up for as long as that takes."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        asyncio.run(self._sample())
+
+    async def _sample(self) -> None:
+        engine = await Engine.start(name="auto", model_path=str(self.model), dtype="float32", rollout=ROLLOUT, stop_ids=[])
+
+        async def several(name: str, count: int, **params: Any) -> list[Completion]:
+            rng = np.random.default_rng(count)
+            asked = SamplingParams(**({"max_tokens": 150} | params))
+            prompts = [rng.integers(4, VOCAB, rng.integers(2, 40)).tolist() for _ in range(count)]
+            return await asyncio.gather(*(engine.sample(p, asked, request_id=f"{name}-{i}") for i, p in enumerate(prompts)))
+
+        try:
+            self.drawn = [c for count in (1, 2, 4, 8) for c in await several(f"drawn-{count}", count)]
+            self.likeliest = [c for count in (1, 4) for c in await several(f"greedy-{count}", count, temperature=0.0)]
+        finally:
+            engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Sampled:
+    return Sampled(make_tiny_hybrid(tmp_path_factory.mktemp("tiny"), vocab_size=VOCAB, scale=3.0))
+
+
+def test_logprobs_are_the_policys_while_k_changes(sampled: Sampled) -> None:
+    model = PolicyModel.from_pretrained(sampled.model).lm
+    for c in sampled.drawn:
+        ids = torch.from_numpy(np.concatenate([c.prompt_ids, c.token_ids])).long()[None]
+        with torch.no_grad():
+            truth = torch.log_softmax(model(ids).logits[0, len(c.prompt_ids) - 1 : -1].double(), -1).numpy()
+        assert np.abs(truth[np.arange(len(c.token_ids)), c.token_ids] - c.logprobs).max() < 1e-3
+
+
+def test_every_number_was_tried_and_the_counts_by_position_add_up(sampled: Sampled) -> None:
+    everything = [*sampled.drawn, *sampled.likeliest]
+    assert max(len(c.positions) for c in everything) == MOST
+    assert any(c.drafted < c.engine_steps for c in everything), "k was never 0 for long"
+    for c in everything:
+        assert (sum(d for d, _ in c.positions), sum(a for _, a in c.positions)) == (c.drafted, c.accepted)
+        for (drafted, accepted), (next_drafted, next_accepted) in zip(c.positions, c.positions[1:], strict=False):
+            assert drafted >= next_drafted
+            assert accepted >= next_accepted
+
+
+def first_drafts(model: PolicyModel, c: Completion) -> NDArray[np.int64]:
+    """[T - 1] what the learner's MTP head takes for the most likely token t + 2, for every t at which the engine could draft."""
+    ids = torch.from_numpy(np.concatenate([c.prompt_ids, c.token_ids])).long()[None]
+    with torch.no_grad():
+        logits = model.logits(model.mtp_hidden(model(ids), ids))
+    return logits[0, len(c.prompt_ids) - 1 :].argmax(-1)[: len(c.token_ids) - 1].numpy()
+
+
+def test_first_drafts_are_those_of_the_learners_head(sampled: Sampled) -> None:
+    """At temperature 0 the count of accepted first drafts is bounded by the places at which the head is right, and comes near it.
+
+    Keys and values of the head's attention that were skipped while k was 0, or belong to rejected drafts, would show here.
+    """
+    model, shares, rights = PolicyModel.from_pretrained(sampled.model), [], []
+    for c in sampled.likeliest:
+        right = first_drafts(model, c) == c.token_ids[1:]
+        drafted, accepted = c.positions[0] if c.positions else (0, 0)
+        assert accepted <= right.sum()
+        shares.append((drafted, accepted))
+        rights.append((len(right), int(right.sum())))
+    drafted, accepted = np.sum(shares, 0)
+    places, right = np.sum(rights, 0)
+    assert drafted > 100
+    assert abs(accepted / drafted - right / places) < 4 * (0.25 / drafted) ** 0.5
