@@ -46,7 +46,9 @@ class Cell:
     def __init__(self, folder: Path, dtype: str, k: int) -> None:
         self.folder, self.dtype, self.k, self.version = make_tiny_hybrid(folder, vocab_size=VOCAB, scale=2.0), dtype, k, 0
         self.learner = PolicyModel.from_pretrained(self.folder, dtype=DTYPES[dtype])
-        rollout = RolloutConfig(max_num_seqs=64, max_model_len=LIMIT, max_batched_tokens=1024, speculative_tokens=k, kv_cache_gib=0.5)
+        rollout = RolloutConfig(
+            max_num_seqs=64, max_model_len=LIMIT, max_batched_tokens=1024, speculative_tokens=k, auto_k=False, kv_cache_gib=0.5
+        )
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.engine = self.run(Engine.start(name="w0", model_path=str(self.folder), dtype=dtype, rollout=rollout, stop_ids=[]))
