@@ -14,6 +14,7 @@ Serves one MTP layer of an attention and an expert block, as every NemotronH has
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -150,6 +151,28 @@ def propose(
     return torch.stack(drafts, 1)
 
 
+def last_tokens(self: Any, sampled: Tensor, requests: Any, batch: Any, discarded: Tensor) -> tuple[Tensor, Tensor] | None:
+    """vLLM's `prepare_next_token_ids_padded`: each sequence's last token and how many there are, of [B, 1 + k] padded with -1.
+
+    None where a prompt is not read to its end yet: its next token is known, and vLLM looks it up.
+    """
+    if bool(discarded[: len(sampled)].any()):
+        return None
+    counts = ((sampled >= 0) & (sampled < batch.vocab_size)).sum(1)
+    if not int(counts.min()):
+        return None
+    return sampled.gather(1, counts[:, None] - 1)[:, 0].int(), counts.int()
+
+
+def last_places(self: Any, meta: Any, drafts: Any, counts: Tensor) -> tuple[Any, Tensor, Tensor] | None:
+    """vLLM's `prepare_inputs_padded`: where each sequence's last token that stands is, [B], and how many drafts behind it do not, [B]."""
+    if int(meta.query_start_loc_cpu[-1]) != meta.num_actual_tokens:
+        return None
+    drafted = drafts.cu_num_draft_tokens.diff(prepend=drafts.cu_num_draft_tokens.new_zeros(1))
+    rejected = torch.where(drafted > 0, drafted + 1 - counts, 0).int()
+    return meta, meta.query_start_loc[1:] - 1 - rejected, rejected
+
+
 def pick(logits: Tensor, sampling: Any, *, greedy: bool) -> tuple[Tensor, Tensor | None]:
     """(drafts [B], the distribution [B, V] they were drawn from, None if each is simply the most likely token).
 
@@ -193,17 +216,23 @@ def serves(proposer: Any) -> bool:
 
 
 def install() -> None:
-    """Replace the stock routine for the drafts that `Head` serves."""
+    """Replace the stock routines for the drafts that `Head` serves."""
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
     if hasattr(SpecDecodeBaseProposer, "polyrl_head"):
         return
-    stock = SpecDecodeBaseProposer.propose
+    SpecDecodeBaseProposer.polyrl_head = None
+    for name, ours in {"propose": propose, "prepare_next_token_ids_padded": last_tokens, "prepare_inputs_padded": last_places}.items():
+        setattr(SpecDecodeBaseProposer, name, or_else(ours, getattr(SpecDecodeBaseProposer, name)))
 
-    def propose_or_leave(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+
+def or_else(ours: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours` for the drafts that it serves, unless it says None; else `stock`."""
+
+    def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "polyrl_serves"):
             self.polyrl_serves = serves(self)
-        return propose(self, *args, **kwargs) if self.polyrl_serves else stock(self, *args, **kwargs)
+        answer = ours(self, *args, **kwargs) if self.polyrl_serves else None
+        return stock(self, *args, **kwargs) if answer is None else answer
 
-    SpecDecodeBaseProposer.propose = propose_or_leave
-    SpecDecodeBaseProposer.polyrl_head = None
+    return chosen

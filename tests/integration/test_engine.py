@@ -399,6 +399,27 @@ def test_cancelling_a_sample_frees_its_place(served: Served) -> None:
     assert len(served.run(cancel_all())) == ROLLOUT.max_num_seqs
 
 
+def test_a_long_sequence_does_not_hold_up_those_that_come_after_it(served: Served) -> None:
+    ended: list[str] = []
+
+    async def one(name: str, tokens: int) -> None:
+        await served.engine.sample([5, 6], SamplingParams(max_tokens=tokens), request_id=name)
+        ended.append(name)
+
+    async def together() -> None:
+        served.engine._stop_ids = []
+        tail = asyncio.create_task(one("tail", 480))
+        for wave in range(3):
+            await asyncio.gather(*(one(f"wave-{wave}-{i}", 5) for i in range(ROLLOUT.max_num_seqs - 1)))
+        await tail
+
+    try:
+        served.run(together())
+    finally:
+        served.engine._stop_ids = [STOP]
+    assert ended.index("tail") == len(ended) - 1
+
+
 def test_a_checkpoint_without_mtp_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(EngineError, match=r"has no MTP layer to draft with.*rollout.speculative_tokens=0"):
