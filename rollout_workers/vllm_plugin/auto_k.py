@@ -3,7 +3,7 @@
     schedule --> [AutoK.choose] --> step --> [AutoK.record] --> tokens/s of (batch size, k), slowly forgotten
 
 Whether drafts pay depends on their acceptance, which moves with the policy, on the batch size and on the machine. None of it is
-modelled here: tokens/s are measured, with k drafts verified and k proposed in the same step, per power of two of sequences. The best k
+modelled here: tokens/s are measured, over steps that verify and propose up to k drafts, per power of two of sequences. The best k
 runs; now and then another one runs for a stint of steps, as long as all such trials together cost no more than `REGRET` of the time.
 They take turns. So where all others are far behind, the turns come seldom, and where they are close, often: one may overtake.
 
@@ -130,7 +130,7 @@ class AutoK:
         return self._bucket(batch).k
 
     def record(self, batch: int, k: int, tokens: int, seconds: float) -> None:
-        """One step of `batch` sequences that verified k drafts of each and proposed k, and what it brought."""
+        """One step of `batch` sequences that verified up to k drafts of each and proposed as many, and what it brought."""
         bucket = self._bucket(batch)
         if k == bucket.k and seconds > 0:
             bucket.record(tokens, seconds)
@@ -148,7 +148,7 @@ class AutoK:
 def watch(scheduler: Any, chooser: AutoK) -> None:
     """Let `chooser` decide for one vLLM scheduler, and see what comes of it."""
     schedule, update = scheduler.schedule, scheduler.update_from_output
-    began = 0.0
+    began, before = 0.0, -1
 
     def timed_schedule(*args: Any, **kwargs: Any) -> Any:
         nonlocal began
@@ -156,25 +156,23 @@ def watch(scheduler: Any, chooser: AutoK) -> None:
         return schedule(*args, **kwargs)
 
     def watched_update(planned: Any, output: Any) -> Any:
+        nonlocal before
         done = update(planned, output)
-        if (k := steady(planned)) is not None:
+        k, batch = planned.num_spec_tokens_to_schedule, len(planned.num_scheduled_tokens)
+        if k == before and batch and only_decodes(planned):
             tokens = sum(len(one.new_token_ids) for client in done.values() for one in client.outputs)
-            chooser.record(len(planned.num_scheduled_tokens), k, tokens, time.perf_counter() - began)
+            chooser.record(batch, k, tokens, time.perf_counter() - began)
+        before = k
         return done
 
     scheduler.schedule, scheduler.update_from_output = timed_schedule, watched_update
     scheduler.dynamic_sd_lookup = chooser
 
 
-def steady(planned: Any) -> int | None:
-    """The k of a step that verifies k drafts of every sequence and proposes k; None of any other: prompts, or a change of k."""
-    k: int = planned.num_spec_tokens_to_schedule
-    batch, drafts = planned.num_scheduled_tokens, planned.scheduled_spec_decode_tokens
-    if not batch or planned.total_num_scheduled_tokens != len(batch) * (1 + k):
-        return None
-    if any(len(drafts.get(name, ())) != k for name in batch):
-        return None
-    return k
+def only_decodes(planned: Any) -> bool:
+    """Whether a step takes one token of each sequence and its drafts, and reads no prompt."""
+    drafts = sum(map(len, planned.scheduled_spec_decode_tokens.values()))
+    return bool(planned.total_num_scheduled_tokens == len(planned.num_scheduled_tokens) + drafts)
 
 
 def install() -> None:

@@ -14,6 +14,7 @@ Serves one MTP layer of an attention and an expert block, as every NemotronH has
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE
+
 WAITING_TOKENS = 4096
 """Tokens without keys and values beyond which they are computed although nobody drafts: a few megabytes of hidden states."""
+
+LEAST_CHANCE = 0.3
+"""Where k is chosen, a draft is verified if it stands with this chance, by the head's own probabilities of it and of those before it. On the seed model one
+more draft costs a seventh of a step, and a step brings some two tokens: what brings less than a third of a token is not worth it."""
 
 
 class Batch(NamedTuple):
@@ -36,11 +43,11 @@ class Batch(NamedTuple):
 class Head:
     """vLLM's NemotronHMTP, called without its layers' ceremony. Weights are looked up at each call, since updates may replace them."""
 
-    def __init__(self, model: Any, block_size: int, dtype: torch.dtype, split_kv: bool) -> None:
+    def __init__(self, model: Any, block_size: int, dtype: torch.dtype, split_kv: bool, least_chance: float) -> None:
         first, second = model.model.layers["0"], model.model.layers["1"]
         self.embed, self.lm_head, self.vocab = model.model.embed_tokens, model.lm_head, model.config.vocab_size
         self.first, self.second, self.mixer = first, second, first.mixer
-        self.block_size, self.dtype, self.split_kv = block_size, dtype, split_kv
+        self.block_size, self.dtype, self.split_kv, self.least_chance = block_size, dtype, split_kv, least_chance
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         blocks, heads, size, _ = self.mixer.attn.kv_cache.shape
         assert size == block_size, f"attention blocks of {size} tokens, drafts placed in blocks of {block_size}"
@@ -76,6 +83,12 @@ class Head:
         """From residual and queries of one token per sequence to the head's output [B, D]."""
         x = x + linear(self.mixer.o_proj, self._attend(q, batch).view(len(x), -1))
         return norm(self.second.final_layernorm, x + self.second.mixer(norm(self.second.norm, x)))
+
+    def follow(self, draft: Tensor, hidden: Tensor, batch: Batch, longest: int) -> Tensor:
+        """The output [B, D] behind one more draft of each sequence."""
+        x, q = self.enter(draft, hidden, self.slots(batch, longest))
+        batch.seq_lens.add_(1).clamp_(max=longest)
+        return self.leave(x, q, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return linear(self.lm_head, hidden)[:, : self.vocab]
@@ -116,8 +129,8 @@ def propose(
     self: Any, num_speculative_tokens: int, target_token_ids: Tensor, target_positions: Tensor, target_hidden_states: Tensor,
     next_token_ids: Tensor, token_indices_to_sample: Tensor | None, common_attn_metadata: Any, sampling_metadata: Any,
     mm_embed_inputs: Any = None, num_rejected_tokens_gpu: Tensor | None = None, slot_mappings: Any = None,
-) -> Tensor:  # fmt: skip
-    """vLLM's `SpecDecodeBaseProposer.propose`: [B, k] drafts to verify in the next step."""
+) -> Tensor | list[list[int]]:  # fmt: skip
+    """vLLM's `SpecDecodeBaseProposer.propose`: up to k drafts of each sequence, to verify in the next step."""
     head, meta, k = head_of(self), common_attn_metadata, num_speculative_tokens
     self.num_speculative_tokens, self._last_draft_probs = k, None
     count, last = len(target_token_ids), token_indices_to_sample
@@ -136,19 +149,43 @@ def propose(
     seq_lens = meta.seq_lens.clone() if num_rejected_tokens_gpu is None else meta.seq_lens - num_rejected_tokens_gpu
     batch = Batch(seq_lens=seq_lens, blocks=meta.block_table_tensor, starts=self.arange[: len(last) + 1])
     hidden = head.leave(x[last], q[last], batch)
+    if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
+        drafts, self._last_draft_probs = drawn(head, hidden, batch, k, self.max_model_len, sampling_metadata)
+        return drafts
+    return likeliest(head, hidden, batch, k, self.max_model_len)
+
+
+def likeliest(head: Head, hidden: Tensor, batch: Batch, k: int, longest: int) -> list[list[int]]:
+    """The most likely tokens of each sequence, as long as the head thinks that all of them up to here may well stand.
+
+    How many there are depends on what stands before them and on nothing that is sampled later, so what is verified keeps the policy's
+    distribution.
+    """
+    drafts, kept = [], []
+    chance = torch.ones(len(hidden))
+    while True:
+        logits = head.logits(hidden).float()
+        best, draft = logits.max(-1)
+        chance = chance * (best - logits.logsumexp(-1)).exp()
+        drafts.append(draft)
+        kept.append(chance >= head.least_chance)
+        if len(drafts) == k or not bool(kept[-1].any()):
+            break
+        hidden = head.follow(draft, hidden, batch, longest)
+    counts = torch.stack(kept).sum(0).tolist()  # a chance only falls, so those that are kept come first
+    return [ids[:count] for ids, count in zip(torch.stack(drafts, 1).tolist(), counts, strict=True)]
+
+
+def drawn(head: Head, hidden: Tensor, batch: Batch, k: int, longest: int, sampling: Any) -> tuple[Tensor, Tensor]:
+    """([B, k] tokens drawn from the head's distributions at each sequence's temperature, those distributions [B, k, V])."""
     drafts, probabilities = [], []
     while True:
-        draft, probability = pick(head.logits(hidden), sampling_metadata, greedy=not self._enable_probabilistic_draft_probs)
+        draft, probability = pick(head.logits(hidden), sampling)
         drafts.append(draft)
         probabilities.append(probability)
         if len(drafts) == k:
-            break
-        x, q = head.enter(draft, hidden, head.slots(batch, self.max_model_len))
-        batch.seq_lens.add_(1).clamp_(max=self.max_model_len)
-        hidden = head.leave(x, q, batch)
-    if probabilities[0] is not None:
-        self._last_draft_probs = torch.stack(probabilities, 1)
-    return torch.stack(drafts, 1)
+            return torch.stack(drafts, 1), torch.stack(probabilities, 1)
+        hidden = head.follow(draft, hidden, batch, longest)
 
 
 def last_tokens(self: Any, sampled: Tensor, requests: Any, batch: Any, discarded: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -173,32 +210,26 @@ def last_places(self: Any, meta: Any, drafts: Any, counts: Tensor) -> tuple[Any,
     return meta, meta.query_start_loc[1:] - 1 - rejected, rejected
 
 
-def pick(logits: Tensor, sampling: Any, *, greedy: bool) -> tuple[Tensor, Tensor | None]:
-    """(drafts [B], the distribution [B, V] they were drawn from, None if each is simply the most likely token).
+def pick(logits: Tensor, sampling: Any) -> tuple[Tensor, Tensor]:
+    """(drafts [B], the distributions [B, V] they were drawn from).
 
     Sequences with a generator of their own draw from it, so that their seed still decides what they get.
     """
-    if greedy or sampling.all_greedy:
-        return logits.argmax(-1), None
-    temperature = sampling.temperature
-    certain = None if sampling.all_random else temperature == 0
-    if certain is not None:
-        temperature = torch.where(certain, 1.0, temperature)
+    certain = sampling.temperature == 0
+    temperature = torch.where(certain, 1.0, sampling.temperature)
     probability = (logits.float() / temperature[:, None]).softmax(-1)
     noise = torch.empty_like(probability).exponential_()
     for row, generator in sampling.generators.items():
         noise[row].exponential_(generator=generator)
-    draft = (probability / noise).argmax(-1)
-    if certain is not None:
-        draft = torch.where(certain, logits.argmax(-1), draft)
-    return draft, probability
+    return torch.where(certain, logits.argmax(-1), (probability / noise).argmax(-1)), probability
 
 
 def head_of(proposer: Any) -> Head:
     if getattr(proposer, "polyrl_head", None) is None:
         import vllm.envs as envs
 
-        proposer.polyrl_head = Head(proposer.model, proposer.block_size, proposer.dtype, envs.VLLM_CPU_ATTN_SPLIT_KV)
+        least_chance = LEAST_CHANCE if os.environ.get(AUTO_VARIABLE) == "1" else 0.0  # a fixed k means k drafts, come what may
+        proposer.polyrl_head = Head(proposer.model, proposer.block_size, proposer.dtype, envs.VLLM_CPU_ATTN_SPLIT_KV, least_chance)
     return proposer.polyrl_head  # type: ignore[no-any-return]
 
 

@@ -14,32 +14,35 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from environments.registry import resolve
 from learner.model import PolicyModel
+from rl_core.chat import ChatML
 from rl_core.config import RolloutConfig
 from rl_core.types import Completion, SamplingParams
 from rollout_workers.engine import Engine
-from tests.integration.tiny_hybrid import make_tiny_hybrid
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-VOCAB, MOST = 128, 4
+SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
+MOST = 4
 ROLLOUT = RolloutConfig(max_num_seqs=8, max_model_len=512, max_batched_tokens=1024, speculative_tokens=MOST, kv_cache_gib=0.25)
 
 
 class Sampled:
     """What one engine sampled, all in one go: vLLM is up for as long as that takes."""
 
-    def __init__(self, model: Path) -> None:
-        self.model = model
+    def __init__(self) -> None:
         asyncio.run(self._sample())
 
     async def _sample(self) -> None:
-        engine = await Engine.start(name="auto", model_path=str(self.model), dtype="float32", rollout=ROLLOUT, stop_ids=[])
+        engine = await Engine.start(name="auto", model_path=str(SEED_MODEL), dtype="float32", rollout=ROLLOUT, stop_ids=[])
+        math = resolve("math")()
+        tasks, chat = math.tasks("train", 3, {}), ChatML(SEED_MODEL)
 
         async def several(name: str, count: int, **params: Any) -> list[Completion]:
-            rng = np.random.default_rng(count)
             asked = SamplingParams(**({"max_tokens": 150} | params))
-            prompts = [rng.integers(4, VOCAB, rng.integers(2, 40)).tolist() for _ in range(count)]
+            shown = [math.reset(options={"task": next(tasks)})[1]["observation"] for _ in range(count)]
+            prompts = [chat.prompt(one.messages, one.tools) for one in shown]
             return await asyncio.gather(*(engine.sample(p, asked, request_id=f"{name}-{i}") for i, p in enumerate(prompts)))
 
         try:
@@ -50,16 +53,16 @@ class Sampled:
 
 
 @pytest.fixture(scope="module")
-def sampled(tmp_path_factory: pytest.TempPathFactory) -> Sampled:
-    return Sampled(make_tiny_hybrid(tmp_path_factory.mktemp("tiny"), vocab_size=VOCAB, scale=3.0))
+def sampled() -> Sampled:
+    return Sampled()
 
 
 def test_logprobs_are_the_policys_while_k_changes(sampled: Sampled) -> None:
-    model = PolicyModel.from_pretrained(sampled.model).lm
+    model = PolicyModel.from_pretrained(SEED_MODEL)
     for c in sampled.drawn:
         ids = torch.from_numpy(np.concatenate([c.prompt_ids, c.token_ids])).long()[None]
         with torch.no_grad():
-            truth = torch.log_softmax(model(ids).logits[0, len(c.prompt_ids) - 1 : -1].double(), -1).numpy()
+            truth = torch.log_softmax(model.logits(model(ids))[0, len(c.prompt_ids) - 1 : -1].double(), -1).numpy()
         assert np.abs(truth[np.arange(len(c.token_ids)), c.token_ids] - c.logprobs).max() < 1e-3
 
 
@@ -83,11 +86,11 @@ def first_drafts(model: PolicyModel, c: Completion) -> NDArray[np.int64]:
 
 
 def test_first_drafts_are_those_of_the_learners_head(sampled: Sampled) -> None:
-    """At temperature 0 the count of accepted first drafts is bounded by the places at which the head is right, and comes near it.
+    """At temperature 0 no more first drafts are accepted than the head is right, and of those that it dares no smaller share.
 
     Keys and values of the head's attention that were skipped while k was 0, or belong to rejected drafts, would show here.
     """
-    model, shares, rights = PolicyModel.from_pretrained(sampled.model), [], []
+    model, shares, rights = PolicyModel.from_pretrained(SEED_MODEL), [], []
     for c in sampled.likeliest:
         right = first_drafts(model, c) == c.token_ids[1:]
         drafted, accepted = c.positions[0] if c.positions else (0, 0)
@@ -97,4 +100,4 @@ def test_first_drafts_are_those_of_the_learners_head(sampled: Sampled) -> None:
     drafted, accepted = np.sum(shares, 0)
     places, right = np.sum(rights, 0)
     assert drafted > 100
-    assert abs(accepted / drafted - right / places) < 4 * (0.25 / drafted) ** 0.5
+    assert accepted / drafted > right / places - 4 * (0.25 / drafted) ** 0.5

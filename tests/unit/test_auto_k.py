@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rollout_workers.vllm_plugin.auto_k import STINT, AutoK, steady
+from rollout_workers.vllm_plugin.auto_k import STINT, AutoK, only_decodes, watch
 
 
 class Machine:
@@ -90,17 +90,40 @@ def test_numbers_range_from_none_to_the_most(max_k: int, numbers: list[int]) -> 
     assert AutoK(max_k).numbers == numbers
 
 
-def planned(k: int, drafts: dict[str, int], scheduled: dict[str, int]) -> SimpleNamespace:
+def planned(drafts: dict[str, int], scheduled: dict[str, int]) -> SimpleNamespace:
     return SimpleNamespace(
-        num_spec_tokens_to_schedule=k, num_scheduled_tokens=scheduled, total_num_scheduled_tokens=sum(scheduled.values()),
+        num_scheduled_tokens=scheduled, total_num_scheduled_tokens=sum(scheduled.values()),
         scheduled_spec_decode_tokens={name: [7] * count for name, count in drafts.items() if count},
     )  # fmt: skip
 
 
-def test_only_steps_that_show_one_number_are_measured() -> None:
-    assert steady(planned(2, {"a": 2, "b": 2}, {"a": 3, "b": 3})) == 2
-    assert steady(planned(0, {}, {"a": 1, "b": 1})) == 0
-    assert steady(planned(2, {"a": 2}, {"a": 3, "b": 9})) is None, "b's prompt is being read"
-    assert steady(planned(2, {}, {"a": 1})) is None, "the first step after k was 0"
-    assert steady(planned(0, {"a": 2}, {"a": 3})) is None, "the last drafts of a k that was given up"
-    assert steady(planned(2, {"a": 4, "b": 0}, {"a": 5, "b": 1})) is None
+def test_only_steps_that_read_no_prompt_are_measured() -> None:
+    assert only_decodes(planned({"a": 2, "b": 1}, {"a": 3, "b": 2}))
+    assert only_decodes(planned({}, {"a": 1, "b": 1}))
+    assert not only_decodes(planned({"a": 2}, {"a": 3, "b": 9}))
+
+
+class Scheduler:
+    """Two sequences, each step of which samples one token more than it verifies drafts."""
+
+    dynamic_sd_lookup: AutoK
+
+    def schedule(self) -> SimpleNamespace:
+        k = self.dynamic_sd_lookup[2]
+        step = planned({"a": k, "b": k}, {"a": 1 + k, "b": 1 + k})
+        step.num_spec_tokens_to_schedule = k
+        return step
+
+    def update_from_output(self, step: SimpleNamespace, output: None) -> dict[int, SimpleNamespace]:
+        return {0: SimpleNamespace(outputs=[SimpleNamespace(new_token_ids=[7] * (1 + step.num_spec_tokens_to_schedule))] * 2)}
+
+
+def test_a_watched_scheduler_tells_what_each_number_brought() -> None:
+    scheduler, auto = Scheduler(), AutoK(2)
+    watch(scheduler, auto)
+    for _ in range(5 * STINT):
+        scheduler.update_from_output(scheduler.schedule(), None)
+    rates = auto._buckets[1].rates
+    assert all(rate.steps for rate in rates.values())
+    for k, rate in rates.items():
+        assert rate.tokens / rate.steps == pytest.approx(2 * (1 + k)), "a step that began under another number would show"

@@ -88,14 +88,12 @@ class Sampling:
 
     def __init__(self, temperature: list[float]) -> None:
         self.temperature, self.generators = torch.tensor(temperature), dict[int, torch.Generator]()
-        self.all_greedy, self.all_random = not any(temperature), all(temperature)
 
 
 def test_drafts_may_be_drawn_at_each_sequences_temperature() -> None:
     logits = distributions(6)[:1].log().expand(MANY, V)
-    drafts, q = pick(logits, Sampling([2.0] * MANY), greedy=False)
-    assert q is not None
+    drafts, q = pick(logits, Sampling([2.0] * MANY))
     assert torch.allclose(q[0], torch.softmax(logits[0] / 2, -1))
     assert_distributed(drafts[:, None], q[:1])
-    mixed, _ = pick(logits, Sampling([0.0, 1.0] * (MANY // 2)), greedy=False)
+    mixed, _ = pick(logits, Sampling([0.0, 1.0] * (MANY // 2)))
     assert set(mixed[::2].tolist()) == {int(logits[0].argmax())}
