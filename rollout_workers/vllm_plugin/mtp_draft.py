@@ -28,8 +28,11 @@ WAITING_TOKENS = 4096
 """Tokens without keys and values beyond which they are computed although nobody drafts: a few megabytes of hidden states."""
 
 LEAST_CHANCE = 0.3
-"""Where k is chosen, a draft is verified if it stands with this chance, by the head's own probabilities of it and of those before it. On the seed model one
-more draft costs a seventh of a step, and a step brings some two tokens: what brings less than a third of a token is not worth it."""
+"""Where k is chosen, a draft is verified if it stands with this chance, by the head's own probabilities of it and of those before it.
+
+On the seed model one more draft costs a seventh of a step, and a step brings some two tokens: what brings less than a third of a token
+is not worth it.
+"""
 
 
 class Batch(NamedTuple):
@@ -253,7 +256,10 @@ def install() -> None:
     if hasattr(SpecDecodeBaseProposer, "polyrl_head"):
         return
     SpecDecodeBaseProposer.polyrl_head = None
-    for name, ours in {"propose": propose, "prepare_next_token_ids_padded": last_tokens, "prepare_inputs_padded": last_places}.items():
+    routines: dict[str, Callable[..., Any]] = {
+        "propose": propose, "prepare_next_token_ids_padded": last_tokens, "prepare_inputs_padded": last_places,
+    }  # fmt: skip
+    for name, ours in routines.items():
         setattr(SpecDecodeBaseProposer, name, or_else(ours, getattr(SpecDecodeBaseProposer, name)))
 
 
