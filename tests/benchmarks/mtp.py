@@ -33,15 +33,15 @@ from rollout_workers.engine import Engine
 ROOT = Path(__file__).parents[2]
 SEED_MODEL = ROOT / "configs" / "models" / "seed"
 BATCHES = (1, 4, 16, 64)
-ANSWERS = {1: 16, 4: 32, 16: 96, 64: 192}  # per repetition
+ANSWERS = {1: 12, 4: 24, 16: 64, 64: 128}  # per repetition
 SETTINGS = {
     "off": {"speculative_tokens": 0},
     "on": {"speculative_tokens": 2, "auto_k": False},
     "auto": {"speculative_tokens": 4, "auto_k": True},
 }
-LEARNING = 4
+LEARNING = 3
 """Repetitions' worth of answers at each batch size from which the choosing engine learns before it is measured."""
-REPETITIONS = 5
+REPETITIONS = 3
 
 
 def bench() -> dict[str, list[float]]:

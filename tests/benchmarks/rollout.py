@@ -40,7 +40,7 @@ SEED_MODEL = ROOT / "configs" / "models" / "seed"
 MIXTURES = {"single": ("math",), "multi": ("tools",), "mixed": ("math", "code", "tools", "long_context")}
 GROUPS = {"single": 40, "multi": 24, "mixed": 24}  # per repetition
 GROUP_SIZE = 8
-REPETITIONS = 5
+REPETITIONS = 3
 numbers = itertools.count()
 
 

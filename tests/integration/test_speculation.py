@@ -1,6 +1,7 @@
 """An engine that chooses how many tokens it drafts: whatever it chooses, what it samples and says about it is the policy's.
 
-A fresh engine tries every number at every batch size first, so that k changes all the time here, to 0 and back.
+A fresh engine tries every number at every batch size first, so that k changes all the time here, and is 0 at the start. The model is the
+shipped one: the head of a random one doubts all its drafts.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ class Sampled:
         tasks, chat = math.tasks("train", 3, {}), ChatML(SEED_MODEL)
 
         async def several(name: str, count: int, **params: Any) -> list[Completion]:
-            asked = SamplingParams(**({"max_tokens": 150} | params))
+            asked = SamplingParams(**({"max_tokens": 320} | params))
             shown = [math.reset(options={"task": next(tasks)})[1]["observation"] for _ in range(count)]
             prompts = [chat.prompt(one.messages, one.tools) for one in shown]
             return await asyncio.gather(*(engine.sample(p, asked, request_id=f"{name}-{i}") for i, p in enumerate(prompts)))
 
         try:
-            self.drawn = [c for count in (1, 2, 4, 8) for c in await several(f"drawn-{count}", count)]
-            self.likeliest = [c for count in (1, 4) for c in await several(f"greedy-{count}", count, temperature=0.0)]
+            self.drawn = [c for count in (1, 4) for c in await several(f"drawn-{count}", count)]
+            self.likeliest = [c for count in (1, 4) for c in await several(f"greedy-{count}", count, temperature=0.0, max_tokens=150)]
         finally:
             engine.shutdown()
 
