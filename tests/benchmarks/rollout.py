@@ -38,7 +38,7 @@ from rollout_workers.worker import EPISODES_PER_SEQUENCE, Job, RolloutWorker
 ROOT = Path(__file__).parents[2]
 SEED_MODEL = ROOT / "configs" / "models" / "seed"
 MIXTURES = {"single": ("math",), "multi": ("tools",), "mixed": ("math", "code", "tools", "long_context")}
-GROUPS = {"single": 40, "multi": 24, "mixed": 24}  # per repetition
+GROUPS = {"single": 32, "multi": 16, "mixed": 16}  # per repetition
 GROUP_SIZE = 8
 REPETITIONS = 3
 numbers = itertools.count()
