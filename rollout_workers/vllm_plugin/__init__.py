@@ -10,6 +10,12 @@ On CPU only, where stock vLLM 0.32 is wrong or refuses for Mamba-2 / attention /
     latent_moe.py    ungated (relu^2) experts are refused
     seeded.py        a seeded request ended the engine when its prompt was prefilled in parts
 
+and where it is right, but takes longer than a small model's forward pass (docs/speculation.md):
+
+    mtp_draft.py     drafts of the MTP head
+    rejection.py     verification of drafts
+    auto_k.py        how many to draft, from what is measured
+
 On CUDA no layer is touched.
 """
 
