@@ -30,8 +30,7 @@ WAITING_TOKENS = 4096
 LEAST_CHANCE = 0.3
 """Where k is chosen, a draft is verified if it stands with this chance, by the head's own probabilities of it and of those before it.
 
-On the seed model one more draft costs a seventh of a step, and a step brings some two tokens: what brings less than a third of a token
-is not worth it.
+A draft that is rejected still costs its pass through the head and its place in the policy's; one with a small chance brings less than it takes.
 """
 
 
