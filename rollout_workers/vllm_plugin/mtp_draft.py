@@ -30,7 +30,7 @@ WAITING_TOKENS = 4096
 LEAST_CHANCE = 0.3
 """Where k is chosen, a draft is verified if it stands with this chance, by the head's own probabilities of it and of those before it.
 
-A draft that is rejected still costs its pass through the head and its place in the policy's; one with a small chance brings less than it takes.
+A draft that is rejected still costs a pass through the head and a place in the policy's: a small chance brings less than that.
 """
 
 
