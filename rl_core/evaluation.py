@@ -7,7 +7,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from statistics import fmean
+from statistics import fmean, stdev
 
 from rl_core.seams import GroupResult, RolloutWorkers
 from rl_core.types import EpisodeSpec, Task
@@ -39,6 +39,11 @@ class EvalResult:
     pass_at: Mapping[int, float]
     """k -> chance that one of k rollouts of a task passes, for k = 1, 2, 4, ... up to the rollouts per task."""
     by_difficulty: Mapping[str, Bucket]
+    pass_at_ci95: Mapping[int, tuple[float, float]]
+    """Intervals of `pass_at` over the tasks."""
+    reward_ci95: tuple[float, float]  # of mean_reward over the tasks, normal approximation; (mean, mean) of a single task
+    thinking_tokens: float  # per rollout, within thoughts
+    thoughts_closed: float  # per rollout, by us, at the thinking budget
     by_length: Mapping[str, Bucket]
     """By tokens read: prompt and what the environment said."""
 
@@ -50,6 +55,10 @@ class EvalResult:
             "masked": self.masked,
             "ci95": list(self.ci95),
             "pass_at": {str(k): value for k, value in self.pass_at.items()},
+            "pass_at_ci95": {str(k): list(value) for k, value in self.pass_at_ci95.items()},
+            "reward_ci95": list(self.reward_ci95),
+            "thinking_tokens": self.thinking_tokens,
+            "thoughts_closed": self.thoughts_closed,
             "by_difficulty": {name: bucket.to_json() for name, bucket in self.by_difficulty.items()},
             "by_length": {name: bucket.to_json() for name, bucket in self.by_length.items()},
         }
@@ -90,13 +99,19 @@ def score(results: Sequence[GroupResult], difficulty: Mapping[str, str] | None =
     rewards = [r for result in results for r in result.rewards]
     counts = [(len(r.rewards), passes(r)) for r in results if r.rewards]
     pass_rate = fmean(c / n for n, c in counts) if counts else 0.0
+    at = pass_at(counts)
+    rollouts = max(1, sum(len(result.statuses) for result in results))
     return EvalResult(
         pass_rate=pass_rate,
         mean_reward=fmean(rewards) if rewards else 0.0,
         n=len(rewards),
         masked=sum(len(result.statuses) for result in results) - len(rewards),
         ci95=wilson(pass_rate * len(counts), len(counts)),
-        pass_at=pass_at(counts),
+        pass_at=at,
+        pass_at_ci95={k: wilson(value * len(counts), len(counts)) for k, value in at.items()},
+        reward_ci95=normal([fmean(r.rewards) for r in results if r.rewards]),
+        thinking_tokens=sum(r.thinking_tokens for r in results) / rollouts,
+        thoughts_closed=sum(r.thoughts_closed for r in results) / rollouts,
         by_difficulty=buckets(results, lambda r: (difficulty or {}).get(r.task_key, "")),
         by_length=buckets(results, lambda r: length_bucket(r.prompt_tokens // max(1, len(r.statuses)))),
     )
@@ -135,6 +150,14 @@ def buckets(results: Sequence[GroupResult], name: Callable[[GroupResult], str]) 
 def length_bucket(tokens: int) -> str:
     """The power of two above: 700 -> "<=1024"."""
     return f"<={1 << max(6, (max(tokens, 1) - 1).bit_length())}"
+
+
+def normal(values: Sequence[float], z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of the mean of independent values: mean +- z s / sqrt(n), s with n - 1."""
+    if not values:
+        return 0.0, 0.0
+    mean, half = fmean(values), z * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return mean - half, mean + half
 
 
 def wilson(passed: float, n: int, z: float = 1.959964) -> tuple[float, float]:
