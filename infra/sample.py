@@ -110,9 +110,11 @@ def a_model(path: str, *, max_tokens: int, temperature: float, seed: int) -> Pol
         raise UsageError(f"no checkpoint in {path!r}: {error}") from error
     torch.manual_seed(seed)
     ids: list[int] = []
+    tools: tuple[dict[str, Any], ...] = ()
 
     def answer(observation: Observation) -> Turn:
-        nonlocal ids
+        nonlocal ids, tools
+        tools = observation.tools or tools
         ids = chat.extend(ids, observation.messages) if ids else chat.prompt(observation.messages, observation.tools)
         dice = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         with torch.no_grad():
@@ -127,6 +129,6 @@ def a_model(path: str, *, max_tokens: int, temperature: float, seed: int) -> Pol
             )
         sampled = out[0, len(ids) :].tolist()
         ids = [*ids, *sampled]
-        return chat.parse(sampled)
+        return chat.parse(sampled, tools)
 
     return answer

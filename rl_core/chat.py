@@ -6,6 +6,8 @@
     <|im_start|>tool\\norder 4821<|im_end|>\\n
     <|im_start|>assistant\\n...
 
+Other checkpoints spell tool calls in XML, list their tools so, and show results as <tool_response> (rl_core/tool_formats.py).
+
 The frame is made of ids; what stands inside it is encoded with every special token disabled. So nothing that a task, a
 tool or the policy writes can open a turn, close one, or pass for a marker, however it is spelled.
 """
@@ -13,24 +15,21 @@ tool or the policy writes can open a turn, close one, or pass for a marker, howe
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from rl_core.tool_formats import FORMATS, Schemas, ToolFormat, detect, hermes_listing, schemas
 from rl_core.types import Message, ToolCall, Turn
 
 START, END = "<|im_start|>", "<|im_end|>"
 THINK, THINK_END, CALL, CALL_END = "<think>", "</think>", "<tool_call>", "</tool_call>"
 MARKERS = (THINK, THINK_END, CALL, CALL_END)
-MAX_CALL_CHARS = 65_536
-MAX_JSON_DEPTH = 16
-
-_TYPES = {"integer": "int", "string": "str", "number": "float", "boolean": "bool", "array": "list", "object": "dict"}
+RESPONSE, RESPONSE_END = "<tool_response>", "</tool_response>"
 
 
 class ChatML:
@@ -40,9 +39,13 @@ class ChatML:
     ordinary text, written by `assistant` and found by `parse` in the decoded text.
     """
 
-    def __init__(self, tokenizer_path: str | Path) -> None:
-        """`tokenizer_path` is a checkpoint folder or the tokenizer.json itself. Raises ValueError if it is no ChatML tokenizer."""
+    def __init__(self, tokenizer_path: str | Path, tool_format: str = "auto") -> None:
+        """`tokenizer_path` is a checkpoint folder or the tokenizer.json itself. Raises ValueError if it is no ChatML tokenizer.
+
+        `tool_format`: hermes, xml, or auto, which takes what the folder's own chat template writes (rl_core/tool_formats.py).
+        """
         path = Path(tokenizer_path)
+        self.tool_format = FORMATS[detect(path) if tool_format == "auto" else tool_format]
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"no tokenizer at {str(path)!r}; give the folder of a Hugging Face checkpoint that holds a tokenizer.json")
@@ -82,9 +85,9 @@ class ChatML:
         return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """The ids before the policy's first turn. Tools become one signature line each at the end of the system message."""
+        """The ids before the policy's first turn. Tools are listed at the end of the system message."""
         ids: list[int] = []
-        for message in with_tools(messages, tools):
+        for message in with_tools(messages, tools, self.tool_format.listing):
             ids += self._message(message)
         return ids + self._header
 
@@ -106,7 +109,7 @@ class ChatML:
         parts = [THINK, turn.thought, THINK_END] if turn.thought else []
         parts.append(turn.content)
         for call in turn.tool_calls:
-            parts += [CALL, write_call(call), CALL_END]
+            parts += [CALL, self.tool_format.write(call), CALL_END]
         ids: list[int] = []
         text = ""
         for part in parts:
@@ -118,12 +121,23 @@ class ChatML:
         return [*ids, *self.encode(text), self._end]
 
     def _message(self, message: Message) -> list[int]:
+        if message.role == "tool" and self.tool_format.wraps_results:
+            said = [*self._frame(RESPONSE), *self.encode(f"\n{message.content}\n"), *self._frame(RESPONSE_END)]
+            return [self._start, *self.encode("user\n"), *said, self._end, *self._newline]
         return [self._start, *self.encode(f"{message.role}\n{message.content}"), self._end, *self._newline]
+
+    def _frame(self, marker: str) -> list[int]:
+        """A marker of ours: its one id, or its letters where the tokenizer has none."""
+        found = self.tokenizer.token_to_id(marker)
+        return self.encode(marker) if found is None else [int(found)]
 
     # --- ids to a turn --------------------------------------------------------------------------------------------------
 
-    def parse(self, token_ids: Sequence[int]) -> Turn:
-        """Read a sampled turn. Never raises: whatever is odd about the markup is said in `malformed`."""
+    def parse(self, token_ids: Sequence[int], tools: Sequence[dict[str, Any]] = ()) -> Turn:
+        """Read a sampled turn. Never raises: whatever is odd about the markup is said in `malformed`.
+
+        `tools` are those that the environment showed: XML calls take the types of their arguments from them.
+        """
         ids = [int(i) for i in token_ids]
         faults: list[str] = []
         if ids and ids[-1] == self._end:
@@ -133,7 +147,7 @@ class ChatML:
         if any(i in self._reserved for i in ids):
             faults.append("a special token within the turn")
             ids = [i for i in ids if i not in self._reserved]
-        return _read_turn(self._pieces(ids), faults)
+        return _read_turn(self._pieces(ids), faults, self.tool_format, schemas(tools))
 
     def _pieces(self, ids: Sequence[int]) -> list[str]:
         """Markers and the texts around them, alternating: text, marker, text, ..., text."""
@@ -153,41 +167,26 @@ class ChatML:
 
 
 @lru_cache(maxsize=8)
-def chat_format(tokenizer_path: str) -> ChatML:
+def chat_format(tokenizer_path: str, tool_format: str = "auto") -> ChatML:
     """The chat format of a checkpoint folder, read once per process."""
-    return ChatML(tokenizer_path)
+    return ChatML(tokenizer_path, tool_format)
 
 
-def with_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
+def with_tools(
+    messages: Sequence[Message], tools: Sequence[dict[str, Any]], listing: Callable[[Sequence[dict[str, Any]]], str] = hermes_listing
+) -> list[Message]:
     """`messages`, the tools listed at the end of the system message (which is added if there is none)."""
     if not tools:
         return list(messages)
-    listing = "\n".join(["Tools:", *(signature(tool) for tool in tools)])
     if messages and messages[0].role == "system":
-        return [Message(role="system", content=f"{messages[0].content}\n{listing}"), *messages[1:]]
-    return [Message(role="system", content=listing), *messages]
-
-
-def signature(tool: Mapping[str, Any]) -> str:
-    """{"name": "refund", "parameters": {...}} -> "refund(order:int, note:str?)"; a "?" marks what may be left out."""
-    parameters = tool.get("parameters", {})
-    required = parameters.get("required", ())
-    arguments = ", ".join(
-        f"{name}:{_TYPES.get(schema.get('type', ''), 'any')}{'' if name in required else '?'}"
-        for name, schema in parameters.get("properties", {}).items()
-    )
-    return f"{tool['name']}({arguments})"
-
-
-def write_call(call: ToolCall) -> str:
-    """{"name": "refund", "arguments": {"order": 4821}}"""
-    return json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
+        return [Message(role="system", content=f"{messages[0].content}\n{listing(tools)}"), *messages[1:]]
+    return [Message(role="system", content=listing(tools)), *messages]
 
 
 # --- reading what the policy wrote --------------------------------------------------------------------------------------
 
 
-def _read_turn(pieces: Sequence[str], faults: list[str]) -> Turn:
+def _read_turn(pieces: Sequence[str], faults: list[str], tool_format: ToolFormat, known: Schemas) -> Turn:
     """`pieces` alternate: text, marker, text, ..., text."""
     thought, content = "", pieces[0]
     calls: list[ToolCall] = []
@@ -199,7 +198,7 @@ def _read_turn(pieces: Sequence[str], faults: list[str]) -> Turn:
             inside, thought = THINK, thought + text
         elif not inside and marker == CALL:
             inside = CALL
-            call = _read_call(text)
+            call = tool_format.read(text, known)
             if isinstance(call, ToolCall):
                 calls.append(call)
             else:
@@ -211,51 +210,9 @@ def _read_turn(pieces: Sequence[str], faults: list[str]) -> Turn:
             faults.append(f"{marker} inside {inside}" if inside else f"{marker} without its opening")
     if inside:
         faults.append(f"unclosed {inside}")
+    if stray := tool_format.stray(content):
+        faults.append(stray)
     return Turn(thought=thought.strip(), content=content.strip(), tool_calls=tuple(calls), malformed="; ".join(dict.fromkeys(faults)))
-
-
-def _read_call(text: str) -> ToolCall | str:
-    """The call that `text` spells, or what is wrong with it."""
-    if len(text) > MAX_CALL_CHARS:
-        return f"tool call is longer than {MAX_CALL_CHARS} characters"
-    try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
-        text.encode("utf-8")
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # escapes can spell lone surrogates, which no later consumer could encode
-    except (ValueError, RecursionError):
-        return "tool call is not JSON"
-    if not isinstance(value, dict) or set(value) != {"name", "arguments"}:
-        return 'tool call is not an object of "name" and "arguments"'
-    if not isinstance(value["name"], str) or not isinstance(value["arguments"], dict):
-        return "tool call needs a string for its name and an object for its arguments"
-    if not _within_depth(value, MAX_JSON_DEPTH):
-        return f"tool call is nested deeper than {MAX_JSON_DEPTH}"
-    return ToolCall(name=value["name"], arguments=value["arguments"])
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate key")
-    return result
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is out of range")
-    return value
-
-
-def _within_depth(value: Any, depth: int) -> bool:
-    if not isinstance(value, dict | list):
-        return True
-    children = value.values() if isinstance(value, dict) else value
-    return depth > 0 and all(_within_depth(child, depth - 1) for child in children)
 
 
 def _encodable(text: str) -> str:

@@ -20,6 +20,8 @@ class ModelConfig:
     """Checkpoint folder that Transformers and vLLM load. Relative paths are taken from the working directory."""
     dtype: str = "float32"
     """float32 or bfloat16; the same for engine and learner."""
+    tool_format: str = "auto"
+    """How tool calls are spelled: hermes (JSON), xml (Nemotron-3, Qwen3-Coder), or auto, what the checkpoint's chat template writes."""
 
 
 @dataclass

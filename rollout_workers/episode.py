@@ -103,7 +103,7 @@ async def converse(
         completion = await sampler.sample(ids, params, request_id=f"{rollout_id}-{number}")
         transcript.completions.append(completion)
         transcript.thinking_tokens += thinking_tokens(completion.token_ids.tolist(), *chat.think_ids) if chat.think_ids else 0
-        turn = chat.parse(completion.token_ids.tolist())
+        turn = chat.parse(completion.token_ids.tolist(), shown.tools)
         if completion.finish_reason == "length" and not turn.malformed:
             turn = replace(turn, malformed=CUT_OFF)
         transcript.messages.append(Message(role="assistant", content=render(turn)))

@@ -196,6 +196,7 @@ class Pool:
             hosts=self._hosts,
             run_dir=self._run_dir.absolute() if self._run_dir is not None else None,
             rewards=(config.environments, self._rewards),
+            tool_format=config.model.tool_format,
         )
         await bounded(place.actor.start.remote(), START_TIMEOUT_S, f"worker {place.name} did not start within {START_TIMEOUT_S:.0f} s")
         if self.latest is None:

@@ -53,7 +53,7 @@ class RolloutWorker:
 
     def __init__(
         self, name: str, *, life: str, model_path: str, dtype: str, rollout: RolloutConfig, seed: int, hosts: HostSet,
-        run_dir: Path | None, rewards: tuple[Mapping[str, EnvironmentConfig], RewardActors] | None = None,
+        run_dir: Path | None, rewards: tuple[Mapping[str, EnvironmentConfig], RewardActors] | None = None, tool_format: str = "auto",
     ) -> None:  # fmt: skip
         """`life` names this worker until it dies: sessions on hosts carry it. Without a run folder, no log and no drafts are kept."""
         if run_dir is not None:
@@ -62,7 +62,7 @@ class RolloutWorker:
         self._drafts = DraftFile(run_dir / "drafts", name) if run_dir is not None else None
         self._under_way: set[Continuing] = set()
         self._start: dict[str, Any] = {"model_path": model_path, "dtype": dtype, "rollout": rollout, "seed": seed}
-        self._chat = chat_format(model_path)
+        self._chat = chat_format(model_path, tool_format)
         self._hosts = Hosts(hosts, owner=life)
         self._room = asyncio.Semaphore(max(1, int(rollout.max_num_seqs * EPISODES_PER_SEQUENCE)))
         self._caps: dict[str, asyncio.Semaphore] = {}

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from environments.base import Observation, TextEnv, Verdict
-from rl_core.chat import ChatML, with_tools, write_call
+from rl_core.chat import ChatML, with_tools
+from rl_core.tool_formats import write_call
 from rl_core.types import Ids, Message, Task, Turn
 
 

@@ -438,7 +438,7 @@ class OwnIds:
     def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
         raise NotImplementedError("a judge says one thing")
 
-    def parse(self, token_ids: Sequence[int]) -> Turn:
+    def parse(self, token_ids: Sequence[int], tools: Sequence[dict[str, Any]] = ()) -> Turn:
         return Turn(content=" ".join(map(str, token_ids)))
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.seed.tokenizer import SPECIAL_TOKENS, train_tokenizer
-from rl_core.chat import ChatML, signature
+from rl_core.chat import ChatML
+from rl_core.tool_formats import signature
 from rl_core.types import Message, ToolCall, Turn
 
 CORPUS = ["user\nWhat is 12+34?", "assistant\n", "tool\ncustomer 4821", '{"name": "find", "arguments": {"name": "Ana"}}', "done"] * 5

@@ -30,7 +30,7 @@ class Letters:
     def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
         return [*ids, *self.prompt(messages)]
 
-    def parse(self, token_ids: Sequence[int]) -> Turn:
+    def parse(self, token_ids: Sequence[int], tools: Sequence[dict[str, Any]] = ()) -> Turn:
         return Turn(content="".join(chr(i) for i in token_ids if i > 1))
 
 

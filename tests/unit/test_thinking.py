@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
 class ThinkingLetters(Letters):
     """What stands between < and > is a thought."""
 
-    def parse(self, token_ids: Sequence[int]) -> Turn:
+    def parse(self, token_ids: Sequence[int], tools: Sequence[dict[str, Any]] = ()) -> Turn:
         said, inside = "", False
         for i in token_ids:
             inside = i == OPEN or (inside and i != CLOSE)
