@@ -7,6 +7,7 @@ On CPU only, where stock vLLM 0.32 is wrong or refuses for Mamba-2 / attention /
     conv_update.py   speculative decoding left rejected draft tokens in the convolution state (silently wrong samples)
     sampling.py      speculative decoding sampled at a temperature read from uninitialised memory (silently wrong samples)
     ssm_update.py    and the wrong recurrent states were read for drafts (silently wrong samples)
+    conv_alias.py    a weight update in bfloat16 left the convolutions as they were (silently wrong samples)
     latent_moe.py    ungated (relu^2) experts are refused
     seeded.py        a seeded request ended the engine when its prompt was prefilled in parts
 

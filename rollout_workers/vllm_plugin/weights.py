@@ -9,6 +9,8 @@ from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rollout_workers.vllm_plugin import conv_alias
+
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
@@ -39,6 +41,7 @@ class SharedMemoryWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        conv_alias.refresh(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """The base class synchronises an accelerator afterwards, which a CPU does not have."""

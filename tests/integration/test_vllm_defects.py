@@ -19,7 +19,7 @@ from torch import Tensor
 pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
-from rollout_workers.vllm_plugin import conv_update, latent_moe, sampling, seeded, ssm_update
+from rollout_workers.vllm_plugin import conv_alias, conv_update, latent_moe, sampling, seeded, ssm_update
 from tests.unit.test_ssm_update import check_states
 
 pytestmark = [
@@ -113,6 +113,25 @@ def test_experts_without_a_gate_are_no_reason_to_refuse_a_model(whose: str) -> N
         activation=MoEActivation.RELU2_NO_MUL, device="cpu", routing_method=RoutingMethodType.DeepSeekV3,
         moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(), in_dtype=torch.float32,
     )  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="other CPUs do not pack these weights")
+@pytest.mark.parametrize("whose", ["ours", stock("conv_alias", AssertionError)])
+def test_a_reload_in_bfloat16_reaches_the_convolutions(whose: str) -> None:
+    """Packing moves `conv1d.weight` to new memory, and the view that the mixer computes with stays behind."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    mixer = torch.nn.Module()
+    mixer.conv1d = torch.nn.Module()
+    mixer.conv1d.weight = torch.nn.Parameter(torch.randn(64, 1, 4, dtype=torch.bfloat16), requires_grad=False)
+    mixer.register_buffer("conv_weights", mixer.conv1d.weight.view(64, 4), persistent=False)
+    dispatch_cpu_unquantized_gemm(mixer.conv1d, remove_weight=True)  # after the first load
+    new = torch.randn(64, 1, 4, dtype=torch.bfloat16)
+    mixer.conv1d.weight = torch.nn.Parameter(new.clone(), requires_grad=False)  # the layerwise reload makes the layer anew
+    dispatch_cpu_unquantized_gemm(mixer.conv1d, remove_weight=True)
+    if whose == "ours":
+        conv_alias.refresh(mixer)
+    assert torch.equal(mixer.conv_weights, new[:, 0])
 
 
 class Reached(Exception):
