@@ -73,7 +73,7 @@ async def _measure(config: RunConfig, plan: Plan, progress: Progress) -> list[Ro
     progress(None, 0, 0)
     pool = await Pool.start(config)
     try:
-        return [row for budgets in settings(config, plan) for row in await _at(config, plan, pool, budgets, progress)]
+        return [row for budgets in settings(config, plan) for row in await scores(config, plan, pool, budgets, progress)]
     finally:
         await pool.aclose()
 
@@ -85,7 +85,7 @@ def settings(config: RunConfig, plan: Plan) -> list[dict[str, Budget]]:
     return [dict.fromkeys(config.environments, budget) for budget in plan.budgets]
 
 
-async def _at(config: RunConfig, plan: Plan, pool: Pool, budgets: dict[str, Budget], progress: Progress) -> list[Row]:
+async def scores(config: RunConfig, plan: Plan, pool: Pool, budgets: dict[str, Budget], progress: Progress) -> list[Row]:
     """The scores of all environments, each at its budget."""
     specs = {
         name: replace(episode_spec(env, config.rollout.num_workers), thinking_budget=budgets[name])

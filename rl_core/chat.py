@@ -106,19 +106,21 @@ class ChatML:
 
     def assistant(self, turn: Turn) -> list[int]:
         """A demonstrated turn as the policy should sample it, <|im_end|> included."""
-        parts = [THINK, turn.thought, THINK_END] if turn.thought else []
-        parts.append(turn.content)
+        said = [("", THINK), (turn.thought, THINK_END)] if turn.thought else []  # each a text, and the marker behind it
+        text = turn.content
         for call in turn.tool_calls:
-            parts += [CALL, self.tool_format.write(call), CALL_END]
+            said += [(text, CALL), (self.tool_format.write(call), CALL_END)]
+            text = ""
         ids: list[int] = []
-        text = ""
-        for part in parts:
-            if part in self._marker_ids:
-                ids += [*self.encode(text), self._marker_ids[part]]
-                text = ""
+        plain = ""
+        for before, marker in said:
+            plain += before
+            if marker in self._marker_ids:
+                ids += [*self.encode(plain), self._marker_ids[marker]]
+                plain = ""
             else:
-                text += part
-        return [*ids, *self.encode(text), self._end]
+                plain += marker
+        return [*ids, *self.encode(plain + text), self._end]
 
     def _message(self, message: Message) -> list[int]:
         if message.role == "tool" and self.tool_format.wraps_results:

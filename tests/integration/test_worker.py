@@ -17,6 +17,7 @@ import ray
 import torch
 
 from environments.registry import resolve
+from infra.evaluating import Plan, Row, scores, settings
 from infra.ray_cluster import start_local
 from learner.model import PolicyModel
 from rl_core.chat import ChatML
@@ -138,6 +139,23 @@ def test_thoughts_are_closed_at_their_budget_and_the_answer_still_comes(running:
         assert result.thoughts_closed == sum(r.thoughts_closed for r in rollouts) > 0
         assert all("unclosed" not in r.turns[0].malformed for r in rollouts if 0 < r.thoughts_closed < MAX_CLOSED)
         assert all(c.token_ids[place] == chat.think_ids[1] for r in rollouts for c in r.completions for place in c.forced)
+
+
+def test_an_evaluation_at_two_budgets_asks_the_same_and_tells_what_was_thought(running: Running) -> None:
+    config = replace(running.config, environments={"math": running.config.environments["math"]})
+    plan, told = Plan(budgets=[0, None], tasks=6, samples=2), list[tuple[int | None, int, int]]()
+
+    async def measured() -> list[Row]:
+        note = lambda *progress: told.append(progress)  # noqa: E731
+        return [row for at in settings(config, plan) for row in await scores(config, plan, running.pool, at, note)]
+
+    without, free = running.run(measured())
+    assert (without.env, without.budget, free.budget) == ("math", 0, None)
+    assert without.result.n == free.result.n == 12
+    assert without.result.thinking_tokens == 0 < free.result.thinking_tokens
+    assert free.result.thoughts_closed == 0
+    assert without.result.by_difficulty.keys() == free.result.by_difficulty.keys()
+    assert told == [(budget, done, 6) for budget in (0, None) for done in range(1, 7)]
 
 
 def test_an_episode_of_a_broken_environment_is_masked_and_not_a_zero(running: Running) -> None:

@@ -53,7 +53,11 @@ TURNS = (
     Turn(content="two", tool_calls=(CALL, ToolCall(name="done", arguments={}))),
     Turn(content="def f(x):\n x=x+1\n return x", thought="+1"),
     Turn(content=""),
+    Turn(content="<think>", thought="</think>"),
+    Turn(content="</tool_call>", tool_calls=(CALL,)),
 )
+MARKED = 2
+"""The last of them spell out markers, which only a tokenizer with ids for these can tell from markers."""
 
 
 @pytest.mark.parametrize("turn", TURNS)
@@ -61,7 +65,7 @@ def test_a_demonstrated_turn_is_parsed_as_it_was(chat: ChatML, turn: Turn) -> No
     assert chat.parse(chat.assistant(turn)) == turn
 
 
-@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("turn", TURNS[:-MARKED])
 def test_a_tokenizer_without_markers_writes_and_reads_them_as_text(plain_chat: ChatML, turn: Turn) -> None:
     assert plain_chat.tokenizer.token_to_id("<think>") is None
     assert plain_chat.parse(plain_chat.assistant(turn)) == turn

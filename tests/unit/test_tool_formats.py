@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from environments.host_actor import HostActor
+from environments.registry import resolve
+from environments.scripted import LocalSession, OracleEpisode
 from learner.seed.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from rl_core.chat import ChatML
 from rl_core.config import ConfigError
 from rl_core.config_files import parse_config
 from rl_core.tool_formats import FORMATS, MAX_CALL_CHARS, MAX_JSON_DEPTH, detect
 from rl_core.tool_xml import MAX_NAME_CHARS, TAGS
-from rl_core.types import Message, ToolCall, Turn
+from rl_core.types import EpisodeSpec, Message, SamplingParams, ToolCall, Turn
+from rollout_workers.episode import run_episode
 from tests.unit.test_chat import CORPUS, ids_of
 
 SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
@@ -265,6 +270,22 @@ def test_auto_takes_what_the_checkpoints_template_writes(folder: Path, tmp_path:
     assert detect(tmp_path) == wanted
     assert ChatML(tmp_path).tool_format.name == wanted
     assert ChatML(tmp_path, "xml").tool_format.name == "xml"
+
+
+@pytest.mark.parametrize("spelled", ["hermes", "xml"])
+async def test_the_tools_environment_pays_its_oracle_in_either_spelling(spelled: str) -> None:
+    """Turns as ids, there and back: written by the oracle, parsed as a policy's, typed by the schemas that the environment shows."""
+    host, chat, cls = HostActor("bubblewrap", exit=lambda: None), ChatML(SEED_MODEL, spelled), resolve("tools")
+    options = {"failure_rate": 0.0, "oracle_working": 1.0}
+    spec = EpisodeSpec(group_size=1, sampling=SamplingParams(max_tokens=2048), max_turns=8, max_total_tokens=32768, timeout_s=60)
+    for i, task in enumerate(islice(cls.tasks("train", 0, options), 12)):
+        session = LocalSession(host=host, id=f"r{i}", env_id="tools", options=options, task=task)
+        policy = OracleEpisode(session, cls(**options), task, chat)
+        rollout = await run_episode(task, spec, policy, policy, chat, f"r{i}")
+        assert rollout.verdict.reward == 1.0, rollout.verdict.evidence
+        for before, after in pairwise(rollout.completions):
+            known = [*before.prompt_ids, *before.token_ids]
+            assert after.prompt_ids[: len(known)].tolist() == known
 
 
 def test_the_config_chooses_the_format() -> None:
