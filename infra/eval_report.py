@@ -94,8 +94,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         low, high = zip(*(r.result.reward_ci95 for r in ordered), strict=True)
         axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.plot(at, reward, marker="o", color=colour, label=env)
+        names: dict[tuple[float, float], list[str]] = {}  # budgets that came out the same share a point
         for row, x, y in zip(ordered, at, reward, strict=True):
-            axis.annotate(named(row.budget), (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8, color=colour)
+            names.setdefault((round(x, 1), round(y, 2)), []).append(named(row.budget))
+        for place, budgets in names.items():
+            axis.annotate(", ".join(budgets), place, textcoords="offset points", xytext=(4, 5), fontsize=8, color=colour)
     axis.set_xlabel("reasoning tokens per rollout (numbers at the points: thinking budget per turn)")
     axis.set_ylabel("mean held-out reward, 95 % interval over tasks")
     axis.set_ylim(-0.02, 1.02)
