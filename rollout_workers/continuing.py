@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
 
 import numpy as np
 
@@ -78,22 +77,22 @@ class Continuing:
 
     async def _sample(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, so_far: Completion | None) -> Completion:
         """What is left of a turn, in one request; and one more behind each thought that we close."""
-        for number in count():
+        number = 0
+        while True:
             if so_far is not None and params.thinking is not None and params.thinking.after(so_far.token_ids.tolist()).full:
                 if len(so_far.forced) == MAX_CLOSED:
                     return replace(so_far, finish_reason="length")
                 so_far = closed(so_far, params.thinking.close_id)
-            self._before = so_far
             known = [] if so_far is None else so_far.token_ids.tolist()
             if so_far is not None and len(known) >= params.max_tokens:
                 return replace(so_far, finish_reason="length")
-            self.request_id, self.seen = f"{request_id}.{number}" if number else request_id, 0
+            self._before, self.seen = so_far, 0
+            self.request_id = f"{request_id}.{number}" if number else request_id
             part = await self._engine.sample([*prompt_ids, *known], part_params(params, known, number), request_id=self.request_id)
             so_far = part if so_far is None else joined(so_far, part)
             if part.finish_reason != THOUGHT_FULL:
                 return so_far
-            so_far = replace(so_far, finish_reason=CUT_OFF)
-        raise AssertionError("count() does not end")
+            so_far, number = replace(so_far, finish_reason=CUT_OFF), number + 1
 
     def _write(self, completion: Completion, *, start: int = 0) -> None:
         if self._file is not None:
