@@ -79,13 +79,9 @@ class Continuing:
         """What is left of a turn, in one request; and one more behind each thought that we close."""
         number = 0
         while True:
-            if so_far is not None and params.thinking is not None and params.thinking.after(so_far.token_ids.tolist()).full:
-                if len(so_far.forced) == MAX_CLOSED:
-                    return replace(so_far, finish_reason="length")
-                so_far = closed(so_far, params.thinking.close_id)
+            if so_far is not None and (so_far := settled(so_far, params)).finish_reason == "length":
+                return so_far
             known = [] if so_far is None else so_far.token_ids.tolist()
-            if so_far is not None and len(known) >= params.max_tokens:
-                return replace(so_far, finish_reason="length")
             self._before, self.seen = so_far, 0
             self.request_id = f"{request_id}.{number}" if number else request_id
             part = await self._engine.sample([*prompt_ids, *known], part_params(params, known, number), request_id=self.request_id)
@@ -106,6 +102,16 @@ def part_params(params: SamplingParams, known: Sequence[int], number: int) -> Sa
     seed = params.seed if params.seed is None or not number else (params.seed + 15_485_863 * number) % 2**31
     thinking = params.thinking.after(known) if params.thinking is not None else None
     return replace(params, max_tokens=params.max_tokens - len(known), seed=seed, thinking=thinking)
+
+
+def settled(so_far: Completion, params: SamplingParams) -> Completion:
+    """A turn that was cut off, its thought closed if that is full; with the finish reason "length" if nothing may follow."""
+    room = params.max_tokens - len(so_far.token_ids)
+    if room > 0 and params.thinking is not None and params.thinking.after(so_far.token_ids.tolist()).full:
+        if len(so_far.forced) == MAX_CLOSED:
+            return replace(so_far, finish_reason="length")
+        so_far, room = closed(so_far, params.thinking.close_id), room - 1
+    return so_far if room > 0 else replace(so_far, finish_reason="length")
 
 
 def closed(part: Completion, close_id: int) -> Completion:

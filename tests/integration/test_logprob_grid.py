@@ -69,6 +69,7 @@ class Cell:
     def check(self, done: Sequence[Completion], learner: PolicyModel | None = None) -> None:
         """All logprobs agree with the learner's computation."""
         errors = np.concatenate([np.abs(recomputed(learner or self.learner, c) - c.logprobs) for c in done])
+        print(f"{self.dtype} k={self.k}: mean {errors.mean():.1e}, max {errors.max():.1e} nats over {len(errors)} tokens")
         assert len(errors) > 0
         if self.dtype == "float32":
             assert errors.max() < 1e-3

@@ -190,23 +190,24 @@ thoughts = st.lists(st.integers(0, 40), max_size=3)
 
 
 @settings(max_examples=60, deadline=None)
-@given(wanted=thoughts, budget=st.integers(0, 50), deaths=st.lists(st.integers(0, 60), max_size=4))
+@given(wanted=thoughts, budget=st.integers(0, 50), tokens=st.integers(1, 140), deaths=st.lists(st.integers(0, 60), max_size=4))
 async def test_a_turn_is_the_same_however_often_its_worker_dies(
-    wanted: list[int], budget: int, deaths: list[int], tmp_path_factory: pytest.TempPathFactory
+    wanted: list[int], budget: int, tokens: int, deaths: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("drafts")
-    whole = await play(Thinker(*wanted), budget)
+    whole = await play(Thinker(*wanted), budget, max_tokens=tokens)
+    assert len(whole.completions[0].token_ids) <= tokens
     draft: Draft | None = None
-    for life, tokens in enumerate(deaths):
+    for life, after in enumerate(deaths):
         try:
-            await play(Thinker(*wanted, version=life, dies_after=tokens), budget, DraftFile(folder, f"w{life}"), draft)
+            await play(Thinker(*wanted, version=life, dies_after=after), budget, DraftFile(folder, f"w{life}"), draft, max_tokens=tokens)
         except Dies:
             draft = read_drafts(folder, ["g"]).get("g", {}).get(0)
-    done = await play(Thinker(*wanted, version=9), budget, None, draft)
-    (one,), (other,) = whole.completions, done.completions
+    done = await play(Thinker(*wanted, version=9), budget, None, draft, max_tokens=tokens)
+    one, other = whole.completions[0], done.completions[0]
     assert one.token_ids.tolist() == other.token_ids.tolist()
-    assert one.forced == other.forced
-    assert (done.verdict.reward, done.thinking_tokens, done.thoughts_closed) == (1.0, whole.thinking_tokens, whole.thoughts_closed)
+    assert (one.forced, one.finish_reason) == (other.forced, other.finish_reason)
+    assert (done.verdict, done.thinking_tokens, done.thoughts_closed) == (whole.verdict, whole.thinking_tokens, whole.thoughts_closed)
     assert thinking_tokens(other.token_ids.tolist(), OPEN, CLOSE) <= budget
     told = other.logprobs[other.sampled]
     assert told.tolist() == [-float(v) for v in other.versions[other.sampled]], "each token has the logprob of the engine that sampled it"
