@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from rl_core.trajectories import rollout_trajectories
 from rl_core.types import CUT_OFF, Completion, Group, Rollout, SamplingParams, Turn, VersionSpan
 from rollout_workers.continuing import Continuing, part_params
 from rollout_workers.episode import run_episode
+from rollout_workers.vllm_plugin.thought_cap import THINKING, thought_is_full
 from tests.unit.test_drafts import closed_in_the_end
 from tests.unit.test_episode import TASK, Letters, Session, spec
 
@@ -217,6 +219,18 @@ async def test_a_turn_is_the_same_however_often_its_worker_dies(
 def test_counting_in_parts_is_counting_at_once(ids: list[int], cut: int, budget: int) -> None:
     start = Thinking(budget=budget, open_id=OPEN, close_id=CLOSE)
     assert start.after(ids[:cut]).after(ids[cut:]) == start.after(ids)
+
+
+@given(ids=st.lists(st.sampled_from([OPEN, CLOSE, 5]), min_size=1, max_size=40), budget=st.integers(0, 6))
+def test_the_scheduler_sees_a_full_thought_at_its_very_token(ids: list[int], budget: int) -> None:
+    """Token by token, as it appends them; a request without a cap is left alone."""
+    start = Thinking(budget=budget, open_id=OPEN, close_id=CLOSE)
+    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={THINKING: asdict(start)}), output_token_ids=[])
+    plain = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None), output_token_ids=[OPEN, 5, 5])
+    for place, token in enumerate(ids, 1):
+        request.output_token_ids.append(token)
+        assert thought_is_full(request) == start.after(ids[:place]).full
+    assert not thought_is_full(plain)
 
 
 async def test_journal_store_and_metrics_tell_what_was_forced(tmp_path: Path) -> None:
