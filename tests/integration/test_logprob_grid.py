@@ -100,8 +100,9 @@ def prompts(count: int, low: int = 2, high: int = 40) -> list[list[int]]:
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_engine_and_learner_agree_at_any_batch_size(cell: Cell, batch: int) -> None:
-    done = cell.sample(prompts(batch), f"batch{batch}", 40)
-    assert {len(c.token_ids) for c in done} == {40}
+    tokens = 40 if batch < 64 else 16
+    done = cell.sample(prompts(batch), f"batch{batch}", tokens)
+    assert {len(c.token_ids) for c in done} == {tokens}
     if cell.k and batch >= 16:
         assert sum(c.drafted for c in done) > sum(c.accepted for c in done) > 0, "no draft was accepted, or none rejected"
     cell.check(done)
