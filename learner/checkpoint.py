@@ -30,9 +30,10 @@ def folder_name(version: int) -> str:
 
 
 def begin(root: Path, version: int) -> Path:
-    """An empty temporary folder for the checkpoint of `version`; one left over by a crash is emptied."""
+    """An empty temporary folder for the checkpoint of `version`; what crashes left over is removed."""
+    for old in root.glob(".step-*.partial"):
+        shutil.rmtree(old, ignore_errors=True)
     folder = root / f".step-{version:06d}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
@@ -56,6 +57,7 @@ def commit(root: Path, folder: Path, version: int, state: Mapping[str, Any], *, 
     final = root / folder_name(version)
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
+    flush(root)
     pointer = root / f".{LATEST}.partial"
     pointer.write_text(final.name)
     flush(pointer)

@@ -1,79 +1,190 @@
-"""What one computation of a group's prompt saves: gradients of a long_context group with its prompt shared and repeated.
+"""The learner's step against a plain PyTorch loop on the Transformers model: the same weights, batch and loss, in turns, on one thread.
 
-speedup_shared_prefix   seconds repeated / seconds shared, the same groups, in turns
-tokens_per_s_repeated, tokens_per_s_shared   prompt and answer tokens of all rollouts per second of forward and backward
+speedup_128|1k|8k|32k                 trained tokens/s, learner over plain loop, with rows of up to so many tokens
+speedup_apart_1k                      the same of rows that all have prompts of their own: nothing is shared
+tokens_per_s_learner|plain_LENGTH     of them: tokens of all prompts and answers per second of gradients, clip and AdamW
+gradient_error_LENGTH                 largest difference between a gradient of the two, over the largest entry of that parameter's
+peak_gib_32k, plain_peak_gib_8k       most memory that a process ever held which took one such step and nothing else
+plain_needs_gib_32k                   the plain loop's at 32k, in proportion; it takes part there only where so much is free
+
+A batch is groups as GRPO samples them, `GROUP_SIZE` answers to each prompt. An answer is at most half of a row, and at most 256 tokens.
+Speed is without the MTP head, which Transformers does not have; the learner's peak is with it.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from deepspeed.utils import safe_get_full_grad
 
 from infra.bench import interleaved, ratio
+from learner.learner import Learner
 from learner.model import PolicyModel
-from learner.objective import Batch, Objective
-from rl_core.batching import Microbatch, microbatches, num_loss_tokens, num_mtp_tokens
+from learner.optimizer import solo
 from rl_core.config import LearnerConfig
-from rl_core.types import Trajectory
+from rl_core.process_env import cpu_environment
+from rl_core.trajectories import trajectories
+from rl_core.types import Completion, Group, Rollout, Status, Task, Trajectory, Verdict, VersionSpan
+from tests.benchmarks._plain_loop import PlainLoop
 
-SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
-GROUP, PROMPT, ANSWER, GROUPS = 8, 2500, 40, 2
-REPETITIONS = 5
+ROOT = Path(__file__).parents[2]
+SEED_MODEL = ROOT / "configs" / "models" / "seed"
+LENGTHS = {"128": 128, "1k": 1024, "8k": 8192, "32k": 32768}
+GROUP_SIZE = {"128": 8, "1k": 8, "8k": 4, "32k": 2}
+REPETITIONS = {"128": 4, "1k": 4, "8k": 2, "32k": 1}
+LONGEST_ANSWER = 256
+BATCH_TOKENS = 16384
+"""At least; never less than one group."""
+PLAIN_MICROBATCH = 2048
+"""Padded tokens, what the plain loop is fastest with on a CPU: its arrays per state and head then fit the cache."""
+RESERVE_GIB = 2.0
+ENV = "bench"
 
 
 def bench() -> dict[str, list[float]]:
+    _, peak_32k = _measure("peak", "learner", "32k")
+    start, plain_8k = _measure("peak", "plain", "8k")
+    needs = start + (plain_8k - start) * LENGTHS["32k"] / LENGTHS["8k"]
+    fits = psutil.virtual_memory().available / 2**30 > needs + peak_32k + RESERVE_GIB
+    figures = {"peak_gib_32k": [peak_32k], "plain_peak_gib_8k": [plain_8k], "plain_needs_gib_32k": [needs]}
+    for name in LENGTHS:
+        figures |= _measure("speed", name, "together", "both" if fits or name != "32k" else "learner")
+    return figures | _measure("speed", "1k", "apart", "both")
+
+
+def _measure(*what: str) -> Any:
+    """In a process of its own, set up as a learner's."""
+    command = [sys.executable, "-m", "tests.benchmarks.learner", *what]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | cpu_environment(1), stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak(who: str, name: str) -> tuple[float, float]:
+    """GiB that this process held at most before and after its only step."""
+    batch = groups(name)
+    if who == "learner":
+        learner = make_learner(LearnerConfig())
+        before = most_gib()
+        learner.accumulate(batch)
+        learner.apply()
+    else:
+        plain = PlainLoop(SEED_MODEL, LearnerConfig(), max_tokens=PLAIN_MICROBATCH)
+        before = most_gib()
+        plain.accumulate(rows_of(batch))
+        plain.apply()
+    return before, most_gib()
+
+
+def most_gib() -> float:
+    """Not by getrusage, whose maximum includes the process that this one was forked from."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def speed(name: str, prompts: str, who: str) -> dict[str, list[float]]:
+    """Figures of one length; `prompts`: together, or apart."""
+    config = LearnerConfig(learning_rate=1e-6, mtp_loss_weight=0.0, spike_factor=0.0)
+    learner = make_learner(config)
+    batch = [with_logprobs(learner, g) for g in groups(name, apart=prompts == "apart")]
+    rows = rows_of(batch)
+    tokens = sum(len(row) for row in rows)
+    figures: dict[str, list[float]] = {}
+    steps: dict[str, Callable[[], object]] = {"learner": lambda: (learner.accumulate(batch), learner.apply())}
+    if who == "both":
+        plain = PlainLoop(SEED_MODEL, config, max_tokens=PLAIN_MICROBATCH)
+        steps["plain"] = lambda: (plain.accumulate(rows), plain.apply())
+
+    def tokens_per_s(step: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        step()
+        return tokens / (time.perf_counter() - began)
+
+    label = f"apart_{name}" if prompts == "apart" else name
+    if who == "both" and REPETITIONS[name] > 2:
+        figures[f"gradient_error_{label}"] = [gradient_error(learner, batch, plain, rows)]
+    measures = {one: lambda step=step: tokens_per_s(step) for one, step in steps.items()}
+    measured = interleaved(measures, REPETITIONS[name], warmups=int(REPETITIONS[name] > 1))  # type: ignore[arg-type]
+    figures |= {f"tokens_per_s_{one}_{label}": values for one, values in measured.items()}
+    if who == "both":
+        figures[f"speedup_{label}"] = ratio(measured["learner"], measured["plain"])
+    return figures
+
+
+def gradient_error(learner: Learner, batch: Sequence[Group], plain: PlainLoop, rows: Sequence[Trajectory]) -> float:
+    """Largest difference of any gradient, over the largest entry of that parameter's. Both take the step then."""
+    learner.accumulate(batch)
+    plain.accumulate(rows)
+    ours = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in learner.model.named_parameters() if p.requires_grad}
+    theirs = {name: p.grad for name, p in plain.model.named_parameters() if p.requires_grad}
+    assert ours.keys() == theirs.keys()
+    error = max(float((ours[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-12)) for name, grad in theirs.items())
+    learner.apply()
+    plain.apply()
+    return error
+
+
+def make_learner(config: LearnerConfig) -> Learner:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    model = PolicyModel.from_pretrained(SEED_MODEL)
-    objective = Objective(model, LearnerConfig(), num_envs=1)
-    rows = [t for g in range(GROUPS) for t in group(g)]
-    everything = sum(len(r.token_ids) for r in rows)
-    plans = {
-        name: microbatches(rows, envs=("long_context",), max_tokens=LearnerConfig().microbatch_tokens, share_prefixes=shares)[0]
-        for name, shares in (("repeated", False), ("shared", True))
-    }
-
-    def seconds(plan: list[Microbatch]) -> float:
-        model.zero_grad(set_to_none=True)
-        began = time.perf_counter()
-        for microbatch in plan:
-            loss, _ = objective(on_device(microbatch), num_loss_tokens(rows), num_mtp_tokens(rows))
-            loss.backward()
-        return time.perf_counter() - began
-
-    measured = interleaved({name: lambda plan=plan: seconds(plan) for name, plan in plans.items()}, REPETITIONS)  # type: ignore[misc]
-    return {
-        "speedup_shared_prefix": ratio(measured["repeated"], measured["shared"]),
-        **{f"tokens_per_s_{name}": [everything / s for s in values] for name, values in measured.items()},
-    }
+    return Learner(PolicyModel.from_pretrained(SEED_MODEL), config, temperatures={ENV: 1.0}, max_staleness=10**6)
 
 
-def group(seed: int) -> list[Trajectory]:
-    """One prompt, GROUP answers."""
+def groups(name: str, *, apart: bool = False) -> list[Group]:
+    """About BATCH_TOKENS tokens of rows that are as long as `name` says, or less by half an answer. `apart`: a prompt for each answer."""
+    length, size = LENGTHS[name], GROUP_SIZE[name]
+    return [group(length, size, seed, apart=apart) for seed in range(max(1, BATCH_TOKENS // (length * size)))]
+
+
+def group(length: int, size: int, seed: int, *, apart: bool) -> Group:
+    """Random tokens, rewards 0, 1, 0, 1, ... The first answer is the longest."""
     rng = np.random.default_rng(seed)
-    prompt = rng.integers(5, 700, PROMPT)
-    rows = []
-    for member in range(GROUP):
-        mask = np.arange(PROMPT + ANSWER) >= PROMPT
-        rows.append(
-            Trajectory(
-                env="long_context",
-                token_ids=np.concatenate([prompt, rng.integers(5, 700, ANSWER)]).astype(np.int32),
-                loss_mask=mask,
-                logprobs=np.where(mask, -1.0, 0.0).astype(np.float32),
-                versions=np.where(mask, 0, -1).astype(np.int32),
-                advantage=1.0 if member % 2 else -1.0,
-            )
+    longest = min(length // 2, LONGEST_ANSWER)
+    prompt, rollouts = rng.integers(5, 700, length - longest), []
+    for member in range(size):
+        if apart:
+            prompt = rng.integers(5, 700, length - longest)
+        answer = rng.integers(5, 700, longest if member == 0 else rng.integers(longest // 2, longest))
+        completion = Completion(
+            prompt_ids=prompt.astype(np.int32),
+            token_ids=answer.astype(np.int32),
+            logprobs=np.full(len(answer), -1.0, np.float32),
+            spans=(VersionSpan(start=0, stop=len(answer), version=0),),
+            finish_reason="stop",
         )
-    return rows
+        verdict = Verdict(status=Status.OK, reward=float(member % 2))
+        rollouts.append(Rollout(id=str(member), env=ENV, task_key="k", completions=(completion,), messages=(), verdict=verdict))
+    return Group(id=str(seed), task=Task(env=ENV, key="k", split="train", seed=seed, public={}), rollouts=tuple(rollouts))
 
 
-def on_device(m: Microbatch) -> Batch:
-    return Batch(
-        prefix_ids=torch.from_numpy(m.prefix_ids.astype(np.int64)), token_ids=torch.from_numpy(m.token_ids.astype(np.int64)),
-        loss_mask=torch.from_numpy(m.loss_mask), logprobs=torch.from_numpy(m.logprobs), advantages=torch.from_numpy(m.advantages),
-        envs=torch.from_numpy(m.envs.astype(np.int64)), temperatures=torch.ones(len(m.token_ids)),
-    )  # fmt: skip
+@torch.no_grad()
+def with_logprobs(learner: Learner, group: Group) -> Group:
+    """The group as if the learner's own weights had sampled it: no token is masked."""
+
+    def true(rollout: Rollout) -> Rollout:
+        (completion,) = rollout.completions
+        ids = torch.from_numpy(np.concatenate([completion.prompt_ids, completion.token_ids]).astype(np.int64))[None]
+        sampled = torch.arange(ids.shape[1])[None] >= len(completion.prompt_ids)
+        logprobs = learner.objective.logprobs(ids, sampled, 1.0).numpy()
+        return replace(rollout, completions=(replace(completion, logprobs=logprobs),))
+
+    return replace(group, rollouts=tuple(true(rollout) for rollout in group.rollouts))
+
+
+def rows_of(groups: Sequence[Group]) -> list[Trajectory]:
+    return [row for group in groups for row in trajectories(group, LearnerConfig().advantage)]
+
+
+if __name__ == "__main__":
+    with solo():
+        answer = {"peak": peak, "speed": speed}[sys.argv[1]](*sys.argv[2:])
+    print(json.dumps(answer))
