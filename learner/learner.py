@@ -70,6 +70,7 @@ class Learner:
         self.envs = tuple(sorted(temperatures))
         self.temperatures = dict(temperatures)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        model.gradient_checkpointing = config.checkpoint_layers
         if not config.train_router:
             for parameter in model.router_parameters():
                 parameter.requires_grad_(False)
@@ -123,7 +124,7 @@ class Learner:
         metrics = loss_metrics(
             sums.cpu().numpy(), self.envs, mtp_weight=self.config.mtp_loss_weight if num_mtp else 0.0, kl_weight=self.config.kl_weight
         )
-        metrics |= staleness | kept_out
+        metrics |= staleness | kept_out | self._expert_metrics()
         everything = [m for rank in plan for m in rank]
         metrics["learner/real_tokens"] = float(sum(m.num_tokens for m in everything))
         metrics["learner/shared_tokens"] = float(sum(m.num_shared for m in everything))
@@ -132,6 +133,16 @@ class Learner:
         metrics["learner/accumulate_s"] = time.monotonic() - began
         self._pending = metrics
         return dict(metrics)
+
+    def _expert_metrics(self) -> dict[str, float]:
+        """How evenly the batch went to the experts of each MoE layer."""
+        metrics: dict[str, float] = {}
+        loads, self.objective.expert_loads = self.objective.expert_loads, {}
+        for layer, load in sorted(loads.items()):
+            dist.all_reduce(load)
+            metrics[f"learner/expert_load_max/{layer}"] = float(load.max() * len(load) / load.sum().clamp(min=1))
+            metrics[f"learner/experts_idle/{layer}"] = float((load == 0).float().mean())
+        return metrics
 
     def _trajectories(self, groups: Sequence[Group]) -> tuple[list[Trajectory], dict[str, float]]:
         """What trains of `groups`, and how many rollouts only lend their reward, by environment and reason."""

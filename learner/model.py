@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner import mamba_scan, moe, norm, shared_prefix
 from learner.mtp import MTPHead
@@ -35,11 +36,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 class PolicyModel(nn.Module):
     """A causal LM and, if the checkpoint has one, its MTP head. Made by `from_pretrained` or `from_config`."""
 
-    def __init__(self, lm: Any, mtp: MTPHead | None, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, lm: Any, mtp: MTPHead | None) -> None:
         super().__init__()
         self.lm = lm
         self.mtp = mtp
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = False
+        """The backward pass gets each layer's input and computes the rest of it again; see learner.checkpoint_layers."""
         self.is_hybrid = isinstance(lm, NemotronHForCausalLM)
         head = lm.get_output_embeddings()
         if type(head) is not nn.Linear:
@@ -49,7 +51,7 @@ class PolicyModel(nn.Module):
             _install_fast_paths(lm)
 
     @staticmethod
-    def from_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False) -> PolicyModel:
+    def from_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PolicyModel:
         """Load a Hugging Face checkpoint folder, with its `mtp.*` weights if it is a NemotronH that has them."""
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         mtp = None
@@ -61,7 +63,7 @@ class PolicyModel(nn.Module):
             wanted = mtp.state_dict()
             mtp.load_state_dict(_stack_experts({name: tensor.to(dtype) for name, tensor in stored.items()}, wanted))
             mtp = _cast(mtp, dtype)
-        return PolicyModel(lm, mtp, gradient_checkpointing=gradient_checkpointing)
+        return PolicyModel(lm, mtp)
 
     @staticmethod
     def from_config(config: NemotronHConfig, seed: int) -> PolicyModel:
@@ -88,6 +90,9 @@ class PolicyModel(nn.Module):
         if not self.is_hybrid:
             if self.gradient_checkpointing and not self.lm.is_gradient_checkpointing:
                 self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+                for layer in self.lm.modules():
+                    if isinstance(layer, GradientCheckpointingLayer):
+                        layer.training = True  # it asks; what is within it stays in evaluation mode, without dropout
             return self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return self._trunk(input_ids, None)
 
@@ -108,11 +113,15 @@ class PolicyModel(nn.Module):
         hidden = trunk.embeddings(input_ids)
         layout = {} if shared is None else {"shared": shared}
         for block in trunk.layers:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, use_reentrant=False, **layout)
-            else:
-                hidden = block(hidden, **layout)
+            hidden = self._layer(block, hidden, **layout)
         return trunk.norm_f(hidden)
+
+    def _layer(self, layer: nn.Module, *inputs: Any, **layout: Any) -> Tensor:
+        """Its output."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            out: Tensor = checkpoint(layer, *inputs, use_reentrant=False, **layout)
+            return out
+        return layer(*inputs, **layout)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor, *, frozen_head: bool = False) -> Tensor:
         """hidden [..., D] -> float32 logits [..., V]. With `frozen_head` the LM head gets no gradient (the MTP loss)."""
@@ -152,11 +161,17 @@ class PolicyModel(nn.Module):
             raise ValueError("this model has no MTP head; ask `has_mtp` first")
         embed = self.lm.get_input_embeddings()
         if prefix is None:
-            return self.mtp(hidden[:, :-1], embed(input_ids[:, 1:]).detach())
+            return self._layer(self.mtp, hidden[:, :-1], embed(input_ids[:, 1:]).detach())
         before, before_ids = prefix
         shared = Shared(len(before), len(hidden))
         next_ids = shared.join(torch.cat([before_ids[1:], input_ids[0, :1]])[None], input_ids[:, 1:])
-        return shared.split(self.mtp(shared.join(before[None], hidden[:, :-1]), embed(next_ids).detach(), shared))[1]
+        return shared.split(self._layer(self.mtp, shared.join(before[None], hidden[:, :-1]), embed(next_ids).detach(), shared))[1]
+
+    def expert_loads(self, real: Tensor) -> dict[int, Tensor]:
+        """Tokens per expert [E] of each MoE layer of the trunk, by layer, in the last forward pass; `real` [positions] is False at padding."""
+        layers = enumerate(self.lm.model.layers) if self.is_hybrid else ()
+        loads = {i: moe.load(block.mixer, real) for i, block in layers if block.block_type == "moe"}
+        return {i: load for i, load in loads.items() if load is not None}
 
     def router_parameters(self) -> list[nn.Parameter]:
         """Weights that choose experts. Frozen in RL by default, so that learner and engine keep routing alike."""

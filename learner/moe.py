@@ -93,7 +93,8 @@ def _gate_forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     x = at_least_float32(hidden_states)
     scores = F.linear(x, self.weight.to(x.dtype)).sigmoid()
     bias, scale = self.e_score_correction_bias, float(self.routed_scaling_factor)
-    return route(scores, bias, self.top_k, normalise=self.norm_topk_prob, scale=scale)
+    self.chosen, weights = route(scores, bias, self.top_k, normalise=self.norm_topk_prob, scale=scale)
+    return self.chosen, weights
 
 
 def _experts_forward(self: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -111,6 +112,12 @@ def _moe_forward(self: Any, hidden_states: Tensor) -> Tensor:
 def _shared_forward(self: Any, x: Tensor) -> Tensor:
     active = F.relu(self.up_proj(x))
     return self.down_proj(active * active)
+
+
+def load(moe: nn.Module, real: Tensor) -> Tensor | None:
+    """How many tokens each expert got in the last forward pass, [E]; `real` [T] is False at padding. None without the sorted path."""
+    chosen: Tensor | None = getattr(moe.gate, "chosen", None)
+    return None if chosen is None else torch.bincount(chosen[real].flatten(), minlength=moe.gate.weight.shape[0])  # type: ignore[union-attr,index]
 
 
 def install(moe: nn.Module) -> None:

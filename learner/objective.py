@@ -60,11 +60,15 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config, self.num_envs = model, config, num_envs
         self.trains_mtp = model.has_mtp and config.mtp_loss_weight > 0
+        self.expert_loads: dict[int, Tensor] = {}
+        """Tokens per expert [E] of each MoE layer since whoever measures it last emptied this."""
 
     def forward(self, batch: Batch, num_loss_tokens: int, num_mtp_tokens: int) -> tuple[Tensor, Tensor]:
         """(this microbatch's share of the loss, its sums [num_envs, len(Sum)]). Shares of all microbatches and ranks add up to the loss."""
         inputs = batch.token_ids[:, :-1]
         hidden, prefix = hidden_states(self.model, batch)
+        for layer, load in self.model.expert_loads(real_inputs(batch)).items():
+            self.expert_loads[layer] = self.expert_loads.get(layer, 0) + load
         loss, sums = self._policy(batch, hidden)
         loss = loss / max(num_loss_tokens, 1)
         if self.trains_mtp:
@@ -133,6 +137,12 @@ class Objective(nn.Module):
         for column, values in columns.items():
             sums[:, column].index_add_(0, envs, values.detach().to(torch.float64))
         return sums
+
+
+def real_inputs(batch: Batch) -> Tensor:
+    """[P + B * (L - 1)] bool: what goes through the model and is no padding. A row ends at its last trained token."""
+    rows = batch.loss_mask[:, 1:].flip(1).cumsum(1).flip(1) > 0
+    return torch.cat([torch.ones(len(batch.prefix_ids), dtype=torch.bool, device=rows.device), rows.flatten()])
 
 
 def hidden_states(model: PolicyModel, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:

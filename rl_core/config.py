@@ -207,6 +207,9 @@ class LearnerConfig:
     """CPU threads per rank."""
     microbatch_tokens: int = 16384
     """Padded tokens per microbatch."""
+    checkpoint_layers: bool = False
+    """The backward pass keeps each layer's input and computes the rest of it again: a fraction of the memory (docs/learner.md has the
+    formula), about a third more time. For long sequences."""
     advantage: str = "grpo"
     """grpo (divide by the group's standard deviation), mean (do not), leave_one_out."""
     policy_loss: str = "ppo"

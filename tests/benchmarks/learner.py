@@ -73,8 +73,8 @@ def _measure(*what: str) -> Any:
 def peak(who: str, name: str) -> tuple[float, float]:
     """GiB that this process held at most before and after its only step."""
     batch = groups(name)
-    if who == "learner":
-        learner = make_learner(LearnerConfig())
+    if who != "plain":
+        learner = make_learner(LearnerConfig(checkpoint_layers=who == "checkpointed", microbatch_tokens=2 * LENGTHS["32k"]))
         before = most_gib()
         learner.accumulate(batch)
         learner.apply()

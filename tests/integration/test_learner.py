@@ -23,6 +23,7 @@ ONE_RANK = [
     ("pieces", "gradients", {"name": "pieces", "microbatch_tokens": 48}),
     ("zero2", "gradients", {"name": "zero2", "zero_stage": 2, "microbatch_tokens": 48}),
     ("zero3", "gradients", {"name": "zero3", "zero_stage": 3, "microbatch_tokens": 48}),
+    ("checkpointed", "gradients", {"name": "checkpointed", "zero_stage": 3, "checkpoint_layers": True}),
     ("rules", "gradients", {"name": "rules", **RULES}),
     ("masked", "gradients", {"name": "masked", "importance": {"low": 0.999, "high": 1.001}}),
     ("steps", "steps", {"count": 3}),
@@ -82,7 +83,7 @@ def gradient_error(folder: Path, name: str, wanted: str) -> float:
     return max(float((got[n] - g).abs().max()) / max(float(g.abs().max()), 1e-4 * top) for n, g in expected.items())
 
 
-@pytest.mark.parametrize("name", ["whole", "pieces", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["whole", "pieces", "zero2", "zero3", "checkpointed"])
 def test_gradients_are_those_of_the_formula_for_any_packing_and_zero_stage(folder: Path, one: dict[str, Any], name: str) -> None:
     assert gradient_error(folder, f"{name}-0", "reference") < 1e-3
     assert one[name][0]["learner/loss"] == pytest.approx(one["reference"][0], rel=1e-4)
@@ -100,9 +101,17 @@ def test_two_ranks_give_the_gradients_of_one(folder: Path, one: dict[str, Any], 
     for rank in (0, 1):
         assert gradient_error(folder, f"two{stage}-{rank}", "reference") < 1e-3
     for key, value in one["whole"][0].items():
-        if "/" in key and not key.endswith(("_s", "padded_tokens", "real_tokens", "shared_tokens", "microbatches")):
+        if "/" in key and "/expert" not in key and not key.endswith(("_s", "padded_tokens", "real_tokens", "shared_tokens", "microbatches")):
             assert two[f"zero{stage}"][0][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
             assert two[f"zero{stage}"][1][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_loads_of_experts_are_over_all_ranks(one: dict[str, Any], two: dict[str, Any]) -> None:
+    loads = {key: value for key, value in one["pieces"][0].items() if "/expert" in key}
+    assert sorted(loads) == [f"learner/{name}/{layer}" for name in ("expert_load_max", "experts_idle") for layer in (1, 4)]
+    assert all(value >= 1.0 for key, value in loads.items() if "load_max" in key)
+    for answer in two["zero1"]:
+        assert {key: answer[key] for key in loads} == pytest.approx(loads, rel=0.02)  # a token on the edge may take another expert
 
 
 def test_rules_over_trajectories_and_a_reference_give_the_same_on_two_ranks(folder: Path, one: dict[str, Any], two: dict[str, Any]) -> None:

@@ -222,14 +222,26 @@ def test_token_logprobs_are_a_log_softmax_at_each_tokens_own_temperature(model: 
     torch.testing.assert_close(ours, theirs)
 
 
-def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, model: PolicyModel) -> None:
-    model.save_pretrained(tmp_path)
-    grads = []
+@pytest.mark.parametrize("kind", ["hybrid", "llama"])
+def test_layers_that_are_computed_twice_give_the_same_gradients(tmp_path: Path, model: PolicyModel, kind: str) -> None:
+    if kind == "hybrid":
+        model.save_pretrained(tmp_path)
+    else:
+        LlamaForCausalLM(llama_config(attention_dropout=0.5)).save_pretrained(tmp_path)  # dropout stays off, as in the engine
+    grads, ids = [], ids_of(2, 9)
     for flag in (False, True):
-        again = PolicyModel.from_pretrained(tmp_path, gradient_checkpointing=flag).train()
-        ids = ids_of(2, 9)
-        again.token_logprobs(again(ids)[:, :-1], ids[:, 1:])[0].sum().backward()
-        grads.append({name: p.grad for name, p in again.lm.named_parameters() if p.grad is not None})
+        again, computed = PolicyModel.from_pretrained(tmp_path), []
+        again.gradient_checkpointing = flag
+        layers = [*again.lm.base_model.layers, *([again.mtp] if again.mtp else [])]
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda layer, _, computed=computed: computed.append(layer))
+        hidden = again(ids)
+        loss = again.token_logprobs(hidden[:, :-1], ids[:, 1:])[0].sum()
+        if again.has_mtp:
+            loss = loss + again.token_logprobs(again.mtp_hidden(hidden.detach(), ids)[:, :-1], ids[:, 2:], frozen_head=True)[0].sum()
+        loss.backward()
+        assert len(computed) == len(layers) * (1 + flag)
+        grads.append({name: p.grad for name, p in again.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 

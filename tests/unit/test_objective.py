@@ -128,3 +128,18 @@ def test_packing_changes_neither_loss_nor_gradient_nor_metrics_of_any_rule(
         assert 0 < metrics[f"env/{env}/ess"] <= 1
         assert metrics[f"env/{env}/reference_kl"] > 0
     assert (metrics["learner/clip_share"] > 0) is (proximal == "behaviour")
+
+
+def test_expert_loads_count_every_token_once_and_no_padding(rows: list[Trajectory], packings: dict[str, list[Batch]]) -> None:
+    model = PolicyModel.from_config(small_config(layers_block_type=["linear_attention", "moe", "full_attention", "moe"]), 2).double()
+    seen = {}
+    for name in ("one by one", "whole", "two ranks", "whole, twice computed"):
+        model.gradient_checkpointing = name.endswith("twice computed")
+        objective = Objective(model, LearnerConfig(), len(ENVS))
+        gradients(objective, packings[name.partition(",")[0]], rows)
+        seen[name] = {layer: load.tolist() for layer, load in objective.expert_loads.items()}
+    assert set(seen["whole"]) == {1, 3}
+    for loads in seen.values():
+        assert loads == seen["whole"]
+    top_k = model.config.num_experts_per_tok
+    assert all(sum(load) == top_k * sum(len(row) - 1 for row in rows) for load in seen["whole"].values())
