@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from learner import checkpoint
+from learner import checkpoint, lora
 from learner.guard import Guard
 from learner.model import PolicyModel
 from learner.objective import Batch, Objective, Sum, row_logprobs
@@ -71,6 +71,8 @@ class Learner:
         self.temperatures = dict(temperatures)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         model.gradient_checkpointing = config.checkpoint_layers
+        if config.lora.rank:
+            lora.install(model.lm, config.lora)
         if not config.train_router:
             for parameter in model.router_parameters():
                 parameter.requires_grad_(False)
@@ -267,7 +269,8 @@ class Learner:
 
     def _layout(self) -> dict[str, Any]:
         """What the optimizer's files depend on."""
-        return {"num_ranks": self.world_size, "zero_stage": self.config.zero_stage, "mtp": self.objective.trains_mtp}
+        adapters = asdict(self.config.lora) if self.config.lora.rank else None
+        return {"num_ranks": self.world_size, "zero_stage": self.config.zero_stage, "mtp": self.objective.trains_mtp, "lora": adapters}
 
     def _gathered(self) -> AbstractContextManager[None]:
         """All weights in full on this rank: ZeRO 3 holds only slices otherwise."""

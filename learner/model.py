@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCaus
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from learner import mamba_scan, moe, norm, shared_prefix
+from learner import lora, mamba_scan, moe, norm, shared_prefix
 from learner.mtp import MTPHead
 from learner.norm import at_least_float32
 from learner.shared_prefix import Shared
@@ -168,7 +168,7 @@ class PolicyModel(nn.Module):
         return shared.split(self._layer(self.mtp, shared.join(before[None], hidden[:, :-1]), embed(next_ids).detach(), shared))[1]
 
     def expert_loads(self, real: Tensor) -> dict[int, Tensor]:
-        """Tokens per expert [E] of each MoE layer of the trunk, by layer, in the last forward pass; `real` [positions] is False at padding."""
+        """Tokens per expert [E] of each MoE layer of the trunk in the last forward pass; `real` [positions] is False at padding."""
         layers = enumerate(self.lm.model.layers) if self.is_hybrid else ()
         loads = {i: moe.load(block.mixer, real) for i, block in layers if block.block_type == "moe"}
         return {i: load for i, load in loads.items() if load is not None}
@@ -182,7 +182,7 @@ class PolicyModel(nn.Module):
 
         For a hybrid: `backbone.*`, experts one by one, `lm_head.weight`, `mtp.*`. Views where possible: copy before training on.
         """
-        state = {name: tensor.detach() for name, tensor in self.lm.state_dict().items()}
+        state = lora.merged_state(self.lm)
         if not self.is_hybrid:
             state = {name: tensor.detach() for name, tensor in revert_weight_conversion(self.lm, state).items()}
             if self.config.tie_word_embeddings:

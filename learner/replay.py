@@ -82,6 +82,8 @@ def weights_before(config: RunConfig, source: Source, batches: Mapping[int, list
     Those need the optimizer's state, and a checkpoint of several ranks has it in pieces that one alone cannot read. Call
     `optimizer.connect` first, with one rank.
     """
+    if config.learner.lora.rank:
+        raise CannotReplay("a checkpoint's weights have the adapters of learner.lora merged into them, and a step needs them apart")
     *between, step = sorted(batches)
     if not between:
         return Path(config.model.path) if source.folder is None else source.folder / "model"

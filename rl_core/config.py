@@ -190,6 +190,18 @@ class ImportanceConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Train low-rank additions to some matrices in place of the policy's weights. The MTP head trains in full beside them."""
+
+    rank: int = 0
+    """Rank of the additions; 0 is no LoRA: all weights train."""
+    alpha: float = 16.0
+    """The additions are multiplied by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Last parts of the names of the linear layers that get one."""
+
+
+@dataclass
 class LearnerConfig:
     """GRPO and its optimizer."""
 
@@ -228,6 +240,7 @@ class LearnerConfig:
     baseline; its tokens do not train. null is whatever loop.max_staleness admits."""
     mtp_loss_weight: float = 0.3
     """Weight of the MTP head's loss on the policy's own rollouts; the trunk gets no gradient from it."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train_router: bool = False
     """Whether MoE router weights are trained; frozen by default, as routers drift in RL."""
     checkpoint_every: int = 50

@@ -40,6 +40,12 @@ def validate(config: RunConfig) -> None:
     if learner.spike_factor and learner.spike_factor <= 1:
         raise ConfigError(f"learner.spike_factor is {learner.spike_factor}, wanted more than 1, or 0 to skip only what is not finite")
     _one_of("learner.zero_stage", learner.zero_stage, (1, 2, 3))
+    _at_least("learner.lora.rank", learner.lora.rank, 0, "0 trains all weights, 8 to 64 is usual")
+    _above("learner.lora.alpha", learner.lora.alpha, 0)
+    if learner.lora.rank and (learner.train_router or not learner.lora.targets):
+        raise ConfigError(
+            "learner.lora trains what learner.lora.targets names and nothing else; name some there, and leave train_router off"
+        )
     check_objective(learner, loop)
     _at_least("learner.mtp_loss_weight", learner.mtp_loss_weight, 0)
     _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))

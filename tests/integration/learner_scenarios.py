@@ -23,7 +23,7 @@ from learner.make import make_learner
 from learner.model import PolicyModel
 from learner.optimizer import connect
 from rl_core.advantages import group_advantages
-from rl_core.config import EnvironmentConfig, ImportanceConfig, LearnerConfig, ModelConfig, RunConfig
+from rl_core.config import EnvironmentConfig, ImportanceConfig, LearnerConfig, LoraConfig, ModelConfig, RunConfig
 from rl_core.journal import GroupJournal
 from rl_core.ledger import Ledger, group_id
 from rl_core.trajectories import trajectories
@@ -38,6 +38,8 @@ def small_config(**changes: Any) -> LearnerConfig:
     """Wide importance bounds, so that random behaviour logprobs are not masked unless a test wants it."""
     if isinstance(changes.get("importance"), dict):
         changes["importance"] = ImportanceConfig(**changes["importance"])
+    if isinstance(changes.get("lora"), dict):
+        changes["lora"] = LoraConfig(**changes["lora"])
     return replace(LearnerConfig(warmup_steps=1, learning_rate=1e-2, importance=ImportanceConfig(low=0.0, high=1e9)), **changes)
 
 
@@ -212,6 +214,40 @@ def resume(rank: int, folder: Path, *, name: str, **changes: Any) -> Any:
         "equal": all(torch.equal(tensor, got[2][name]) for name, tensor in expected[2].items()),
         "folder": found.name,
         "files": sorted(p.name for p in found.iterdir()),
+    }
+
+
+def adapters(rank: int, folder: Path, *, lora: dict[str, Any]) -> Any:
+    """A step of LoRA, and the gradients of a second one beside those of the model that the first one published."""
+    learner = make(folder, lora=lora)
+    start, original = weights(learner), small_model(folder).engine_state()
+    learner.accumulate(random_groups(4, vocab=VOCAB, seed=0))
+    learner.apply()
+    published = weights(learner)
+    model = learner.save(folder / "lora-run") / "model"
+    whole = Learner(PolicyModel.from_pretrained(model), small_config(), temperatures=TEMPERATURES, max_staleness=0, version=1)
+    batch = random_groups(4, vocab=VOCAB, seed=1, version=1)
+    losses = [one.accumulate(batch)["learner/loss"] for one in (learner, whole)]
+
+    def gradients_of(one: Learner) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {n: (p.detach(), safe_get_full_grad(p)) for n, p in one.model.named_parameters() if p.requires_grad}
+
+    mine, theirs, errors = gradients_of(learner), gradients_of(whole), []
+    scale = lora["alpha"] / lora["rank"]
+    for layer in [name.partition(".lora_A.")[0] for name in mine if ".lora_A." in name]:
+        (a, ga), (b, gb) = (mine[f"{layer}.lora_{part}.default.weight"] for part in "AB")
+        g = theirs[f"{layer}.weight"][1]  # W' = W + s B A, so that dA = s B^T dW' and dB = s dW' A^T
+        errors += [
+            float((found - wanted).abs().max() / wanted.abs().max()) for found, wanted in ((ga, scale * b.T @ g), (gb, scale * g @ a.T))
+        ]
+    return {
+        "starts_as": all(torch.equal(tensor, start[name]) for name, tensor in original.items()),
+        "names": sorted(published) == sorted(original),
+        "changed": sorted(name for name, tensor in published.items() if not torch.equal(tensor, start[name])),
+        "same_model": all(torch.equal(tensor, published[name]) for name, tensor in whole.model.engine_state().items()),
+        "trained": sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in mine if not name.startswith("mtp.")}),
+        "losses": losses,
+        "errors": errors,
     }
 
 

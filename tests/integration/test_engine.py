@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from transformers import NemotronHForCausalLM
 
+from learner.export import export
+from learner.model import PolicyModel
 from reward_models.chat_models import EngineChat
 from reward_models.judges import Asking, Judge
 from reward_models.learned import Answer, Failure
@@ -70,7 +72,10 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     # Matrices three times their usual size: distributions are far from uniform, so that a wrong one shows.
-    made = Served(make_tiny_hybrid(tmp_path_factory.mktemp("tiny"), vocab_size=VOCAB, scale=3.0))
+    folder = tmp_path_factory.mktemp("tiny")
+    PolicyModel.from_pretrained(make_tiny_hybrid(folder / "original", vocab_size=VOCAB, scale=3.0)).save_pretrained(folder / "checkpoint")
+    export(folder / "checkpoint", folder / "export")
+    made = Served(folder / "export")
     yield made
     made.engine.shutdown()
     made.loop.call_soon_threadsafe(made.loop.stop)
@@ -107,6 +112,14 @@ def reference(served: Served, blob: NDArray[np.uint8] | None = None, folder: Pat
         (folder / "model.safetensors").write_bytes(blob.tobytes())
         path = folder
     return NemotronHForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def test_an_exported_checkpoint_is_served_with_its_mtp_head(served: Served) -> None:
+    original = NemotronHForCausalLM.from_pretrained(served.model.parent / "original", dtype=torch.float32).eval()
+    done = served.sample(prompts(4, seed=11), "exported")
+    assert sum(c.drafted for c in done) > 0
+    for c in done:
+        assert np.abs(of_sampled(distribution(original, c, 1.0), c) - c.logprobs).max() < 1e-3
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])

@@ -17,6 +17,8 @@ from tests.integration.tiny_hybrid import make_tiny_hybrid
 RULES = {"policy_loss": "gspo", "clip_low": 0.1, "clip_high": 0.1, "proximal": "behaviour", "kl_weight": 0.1, "train_staleness": 0}
 """Ratios of whole trajectories, a reference policy, and a rollout that is too stale to train."""
 
+LORA: dict[str, Any] = {"rank": 2, "alpha": 3.0, "targets": ["q_proj", "v_proj", "in_proj"]}
+
 ONE_RANK = [
     ("reference", "reference", {}),
     ("whole", "gradients", {"name": "whole"}),
@@ -30,6 +32,8 @@ ONE_RANK = [
     ("bfloat16", "steps", {"count": 3, "dtype": "bfloat16", "microbatch_tokens": 64}),
     ("no_mtp", "steps", {"count": 1, "mtp_loss_weight": 0.0}),
     ("resume", "resume", {"name": "resume1"}),
+    ("adapters", "adapters", {"lora": LORA}),
+    ("resume_adapters", "resume", {"name": "resume-lora", "lora": LORA}),
     ("nothing", "nothing", {}),
     ("replays", "replays", {}),
     ("llama", "llama", {}),
@@ -101,7 +105,11 @@ def test_two_ranks_give_the_gradients_of_one(folder: Path, one: dict[str, Any], 
     for rank in (0, 1):
         assert gradient_error(folder, f"two{stage}-{rank}", "reference") < 1e-3
     for key, value in one["whole"][0].items():
-        if "/" in key and "/expert" not in key and not key.endswith(("_s", "padded_tokens", "real_tokens", "shared_tokens", "microbatches")):
+        if (
+            "/" in key
+            and "/expert" not in key
+            and not key.endswith(("_s", "padded_tokens", "real_tokens", "shared_tokens", "microbatches"))
+        ):
             assert two[f"zero{stage}"][0][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
             assert two[f"zero{stage}"][1][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
@@ -166,12 +174,25 @@ def test_bfloat16_trains_close_to_float32(one: dict[str, Any]) -> None:
 
 
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(one: dict[str, Any], two: dict[str, Any]) -> None:
-    for answer in (one["resume"][0], two["resume1"][0], two["resume3"][0]):
+    for answer in (one["resume"][0], one["resume_adapters"][0], two["resume1"][0], two["resume3"][0]):
         assert answer["versions"] == [3, 3]
         assert answer["norms"][0] == answer["norms"][1]
         assert answer["equal"]
         assert answer["folder"] == "step-000002"
         assert {"model", "optimizer", "state.json", "rank-0.pt"} <= set(answer["files"])
+
+
+def test_lora_trains_its_adapters_alone_and_publishes_the_merged_model(one: dict[str, Any]) -> None:
+    answer = one["adapters"][0]
+    assert answer["starts_as"]
+    assert answer["names"]
+    assert answer["same_model"]
+    assert answer["trained"] == ["in_proj", "q_proj", "v_proj"]
+    assert any(not name.startswith("mtp.") for name in answer["changed"])
+    assert all(name.startswith("mtp.") or name.split(".")[-2] in LORA["targets"] for name in answer["changed"])
+    assert answer["losses"][0] == pytest.approx(answer["losses"][1], rel=1e-4)
+    assert len(answer["errors"]) == 2 * 4
+    assert max(answer["errors"]) < 1e-3
 
 
 def test_a_bad_step_leaves_every_rank_as_it_was_and_says_why(one: dict[str, Any], two: dict[str, Any]) -> None:
