@@ -63,15 +63,13 @@ class PlainLoop:
         yield part
 
     def _loss(self, rows: Sequence[Trajectory]) -> Tensor:
-        """- sum of w A r, with w = e^(q - b) within the importance bounds and 0 outside, r = e^(p - q), q = p without gradient."""
-        ids, behaviour, mask = (_padded([getattr(row, name) for row in rows]) for name in ("token_ids", "logprobs", "loss_mask"))
+        """- sum of A r, r = e^(p - q), q = p without gradient: one step per batch, without importance correction."""
+        ids, mask = (_padded([getattr(row, name) for row in rows]) for name in ("token_ids", "loss_mask"))
         logprobs = self.model(input_ids=ids.long(), use_cache=False).logits[:, :-1].float().log_softmax(-1)
         own = logprobs.gather(-1, ids[:, 1:, None].long()).squeeze(-1)
-        ratio = (own.detach() - behaviour[:, 1:]).exp()
-        low, high = self.config.importance.bounds
-        weight = torch.where(mask[:, 1:] & (low <= ratio) & (ratio <= high), ratio, 0.0)
+        ratio = (own - own.detach()).exp()
         advantages = torch.tensor([row.advantage for row in rows])[:, None]
-        return -(weight * advantages * (own - own.detach()).exp()).sum()
+        return -(mask[:, 1:] * advantages * ratio).sum()
 
 
 def _padded(arrays: Sequence[np.ndarray[Any, Any]]) -> Tensor:
