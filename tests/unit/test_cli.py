@@ -56,6 +56,10 @@ WRONG = {
     "a negative staleness": (["loop.max_staleness=-1"], "loop.max_staleness is -1, wanted 0 or more"),
     "an unknown environment": (["environments.maths.share=1"], "no environment 'maths'; did you mean 'math'?"),
     "an unknown option of an environment": (["environments.math.options.digitz=1"], "did you mean 'digits'?"),
+    "LoRA and a trained router": (
+        ["learner.lora.rank=4", "learner.train_router=true"],
+        "learner.lora trains what learner.lora.targets names",
+    ),
     "a missing checkpoint": (["model.path=/nowhere"], "no checkpoint in '/nowhere'"),
     "an override without a value": (["loop.steps"], "wanted key=value"),
     "a folder that cannot be written": (["runs_dir=/proc/runs"], "runs_dir="),
