@@ -1,6 +1,7 @@
 # make run     set up, then the main job: four environments, one asynchronous run, followed live
 # make test    set up, then unit, integration and end-to-end tests
 # make lint    set up, then ruff and mypy
+# make docs    set up, then the documentation as a website in build/docs; a broken link is an error
 # make setup   .venv with everything in it; quick when it is there already (KIND=gpu for NVIDIA machines, PYTHON=... to choose)
 # make clean   remove .venv and caches; runs/ stays
 
@@ -9,7 +10,7 @@ ARGS ?=
 KIND ?= cpu
 BIN := .venv/bin
 
-.PHONY: run setup test lint clean
+.PHONY: run setup test lint docs clean
 
 run: setup
 	@$(BIN)/polyrl submit $(CONFIG) --follow $(ARGS)
@@ -26,6 +27,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -184,6 +184,8 @@ class Submission:
     config: Path
     overrides: tuple[str, ...]
     local: bool  # the cluster is this machine: paths mean the same there
+    run_id: str = ""  # "" is a new run
+    plugins: tuple[Path, ...] = ()  # package folders and wheels that travel beside the checkout
 
     @property
     def entrypoint(self) -> str:
@@ -191,20 +193,26 @@ class Submission:
         if not inside and not self.local:
             raise JobError(f"{self.config} lies outside {self.working_dir}, which is all that a remote job gets; move it into that folder")
         config = self.config.relative_to(self.working_dir) if inside else self.config
-        return shlex.join(["exec", "polyrl", "run", str(config), *self.overrides])
+        name = ["--run", self.run_id] if self.run_id else []
+        return shlex.join(["exec", "polyrl", "run", str(config), *self.overrides, *name])
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        """What the job brings along. The checkout comes before whatever the cluster has installed under the same names."""
+        modules = {"py_modules": [str(path) for path in self.plugins]} if self.plugins else {}
+        return {"working_dir": str(self.working_dir), "excludes": EXCLUDES, "env_vars": DRIVER_ENVIRONMENT, **modules}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a list of jobs says of it."""
+        return {"config": self.config.name, "commit": commit_of(self.working_dir), "run": self.run_id}
 
     def send(self, to: JobSubmissionClient) -> str:
         """Returns the job's id. Waits for a cluster that has just started: its API answers before it can run anything."""
         deadline = time.monotonic() + HEAD_START_S
         while True:
             try:
-                return str(
-                    to.submit_job(
-                        entrypoint=self.entrypoint,
-                        runtime_env={"working_dir": str(self.working_dir), "excludes": EXCLUDES, "env_vars": DRIVER_ENVIRONMENT},
-                        metadata={"config": self.config.name, "commit": commit_of(self.working_dir)},
-                    )
-                )
+                return str(to.submit_job(entrypoint=self.entrypoint, runtime_env=self.runtime_env, metadata=self.metadata))
             except RuntimeError as error:
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise JobError(f"the cluster took no job: {' '.join(str(error).split())}") from error

@@ -175,8 +175,16 @@ class RunStore:
         raise NoSuchRun(f"{'several runs match' if matches else 'no run'} {name!r} in {str(runs_dir)!r}; wanted one of {known}, or latest")
 
 
-def create_run_dir(config: RunConfig) -> Path:
-    """Make the folder of a new run and put its resolved config into it. Ids sort by time: 20261123-214400-quickstart."""
+def create_run_dir(config: RunConfig, run_id: str = "") -> Path:
+    """Make the folder of a new run and put its resolved config into it. Ids sort by time: 20261123-214400-quickstart.
+
+    With a `run_id`, the folder has that name. Raises FileExistsError if there is one.
+    """
+    if run_id:
+        run_dir = Path(config.runs_dir).absolute() / run_id
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        return run_dir
     stem = time.strftime("%Y%m%d-%H%M%S-") + "".join(c if c.isalnum() or c in "-_." else "-" for c in config.name)
     for attempt in range(1000):
         run_dir = Path(config.runs_dir).absolute() / (stem + (f"-{attempt}" if attempt else ""))

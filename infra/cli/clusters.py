@@ -33,6 +33,7 @@ def jobs(address: Address = None, runs_dir: RunsDir = Path("runs"), json: Json =
         {
             "job": job.submission_id,
             "status": job.status.value,
+            "run": (job.metadata or {}).get("run", ""),
             "config": (job.metadata or {}).get("config", ""),
             "commit": (job.metadata or {}).get("commit", ""),
             "started": (job.start_time or 0) / 1000,
@@ -46,7 +47,7 @@ def jobs(address: Address = None, runs_dir: RunsDir = Path("runs"), json: Json =
         return
     for row in rows:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["started"]))
-        typer.echo(f"{row['job']}  {row['status']:<10} {started}  {row['config']:<20} {row['commit']}")
+        typer.echo(f"{row['job']}  {row['status']:<10} {started}  {row['config']:<20} {row['commit']}  {row['run']}".rstrip())
     if not rows:
         typer.echo("no jobs")
 
@@ -55,7 +56,7 @@ def logs(
     job: Job = "latest",
     address: Address = None,
     runs_dir: RunsDir = Path("runs"),
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Stay until the job ends. Ctrl-C leaves it running.")] = False,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", "-f", help="Stay until the job ends. Ctrl-C leaves it running.")] = False,
 ) -> None:
     """Print a job's log, events as plain lines; with --follow, draw it live."""
     from infra.jobs import show_line, tail

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import sys
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
@@ -27,37 +29,53 @@ if TYPE_CHECKING:
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/quickstart.yaml.")]
 
 
+RunId = Annotated[
+    str,
+    typer.Option("--run", metavar="ID", help="Call the run ID. If there is a run of that name already, go on with it.", show_default=False),
+]
+
+
 def register(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("submit")(submit)
     app.command("resume")(resume)
 
 
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
+def run(config: ConfigPath, overrides: Overrides = None, run_id: RunId = "") -> None:
     """Run CONFIG in the foreground: on the cluster of RAY_ADDRESS if there is one, else on an embedded Ray."""
     checked = load_config(config, overrides or [])
     preflight(checked)
+    run_dir = named_run_dir(checked, run_id) if run_id else None
 
     from infra import launch  # Ray, and with it seconds: only now that the config is known to be right
 
-    _launch(launch, checked, create_run_dir(checked))
+    _launch(launch, checked, run_dir or create_run_dir(checked))
+
+
+def named_run_dir(config: RunConfig, run_id: str) -> Path:
+    """The folder of a run that is called so: a new one, or that of the run which goes on. A finished one ends the command well."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", run_id):
+        raise UsageError(f"--run {run_id!r}: wanted letters, digits, '-', '_' and '.', a letter or digit first")
+    stored = StoredRun(Path(config.runs_dir).absolute() / run_id)
+    if not (stored.run_dir / "config.yaml").is_file():
+        return create_run_dir(config, run_id)
+    before = load_config(stored.run_dir / "config.yaml")
+    if (steps := reopen(stored, replace(before, runs_dir=config.runs_dir), config)) is not None:
+        typer.echo(f"run {run_id} has finished its {steps} steps")
+        raise typer.Exit(0)
+    return stored.run_dir
 
 
 def resume(run: RunName = "latest", overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
     """Go on with RUN where it stopped, was killed or failed; no step is trained twice.
 
-    Of its config, the end (loop.steps) and what does not touch its results may be changed: eval.*, rollout.*, sandbox,
+    Of its config, the end (loop.steps) and what does not touch its results may be changed: eval.*, rollout.*, trackers.*, sandbox,
     loop.stall_s, learner.checkpoint_every, learner.keep_batches.
     """
     stored = RunStore.find(runs_dir, run)
-    state = stored.state
-    if state == "running":
-        raise UsageError(f"run {stored.id} is running; stop it first")
     path = stored.run_dir / "config.yaml"
     before, checked = load_config(path), load_config(path, overrides or [])
-    refuse_changes(before, checked)
-    steps = fold(stored.events()).version
-    if state == "finished" and steps >= checked.loop.steps:
+    if (steps := reopen(stored, before, checked)) is not None:
         raise UsageError(
             f"run {stored.id} has finished its {steps} steps; to train it further: polyrl resume {stored.id} loop.steps={2 * steps}"
         )
@@ -69,7 +87,17 @@ def resume(run: RunName = "latest", overrides: Overrides = None, runs_dir: RunsD
     _launch(launch, checked, stored.run_dir)
 
 
-MAY_CHANGE = ("loop.steps", "loop.stall_s", "eval.", "rollout.", "sandbox", "learner.checkpoint_every", "learner.keep_batches")
+def reopen(stored: StoredRun, before: RunConfig, after: RunConfig) -> int | None:
+    """Raise UsageError if `stored` cannot go on under `after`; its number of steps if nothing is left to do, else None."""
+    state = stored.state
+    if state == "running":
+        raise UsageError(f"run {stored.id} is running; stop it first")
+    refuse_changes(before, after)
+    steps = fold(stored.events()).version
+    return steps if state == "finished" and steps >= after.loop.steps else None
+
+
+MAY_CHANGE = ("loop.steps", "loop.stall_s", "eval.", "rollout.", "trackers.", "sandbox", "learner.checkpoint_every", "learner.keep_batches")
 """Keys that a resumed run may have otherwise than before; with any other it would not be the same run."""
 
 
@@ -118,10 +146,17 @@ def submit(
         str | None,
         typer.Option(envvar="RAY_ADDRESS", help="Ray's job API, http://HOST:8265. Without it, a head is started on this machine."),
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show the run live until it ends. Ctrl-C stops it.")] = True,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", "-f", help="Show the run live until it ends. Ctrl-C stops it.")] = True,
+    run_id: RunId = "",
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Package folder or wheel that the job needs and the checkout lacks.", exists=True),
+    ] = None,
 ) -> None:
-    """Run CONFIG as a Ray job."""
+    """Run CONFIG as a Ray job. With --run, submitting it again goes on with the same run."""
     overrides = overrides or []
+    plugins = tuple(path.absolute() for path in plugin or ())
+    sys.path += [str(path.parent) for path in plugins if path.is_dir()]  # the config is checked here, too
     checked = load_config(config, overrides)
     preflight(checked, runs_here=address is None)
 
@@ -136,7 +171,8 @@ def submit(
         if local:
             overrides = _absolute_paths(checked, overrides)
         submission = jobs.Submission(
-            working_dir=jobs.project_of(config), config=config.absolute(), overrides=tuple(overrides), local=local,
+            working_dir=jobs.project_of(config), config=config.absolute(), overrides=tuple(overrides), local=local, run_id=run_id,
+            plugins=plugins,
         )  # fmt: skip
         job = submission.send(client)
         if not follow:
