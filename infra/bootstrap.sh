@@ -24,7 +24,7 @@ esac
 # --- what was done before -------------------------------------------------------------------------------------------
 
 stamp=$venv/.polyrl-setup
-wanted=$({ echo "$kind $PWD"; cat requirements/build.txt "requirements/$kind.txt" requirements/dev.txt requirements/bridges.txt pyproject.toml infra/bootstrap.sh; } | sha256sum)
+wanted=$({ echo "$kind $PWD"; cat requirements/build.txt "requirements/$kind.txt" requirements/dev.txt requirements/bridges.txt requirements/trackers.txt pyproject.toml infra/bootstrap.sh; } | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && [ -x $venv/bin/polyrl ]; then
     exit 0
 fi
@@ -95,6 +95,11 @@ if ! "$in_venv" -m uv pip install --quiet --python "$in_venv" --no-deps -r requi
     say "without them ($(grep -m1 -oE '(error|Caused by|×).*' "$venv/bridges.log" || tail -1 "$venv/bridges.log")): their tests will be skipped"
 fi
 
+say "trackers: TensorBoard, Weights & Biases, MLflow"
+if ! "$in_venv" -m uv pip install --quiet --python "$in_venv" --no-deps -r requirements/trackers.txt 2>"$venv/trackers.log"; then
+    say "without them ($(grep -m1 -oE '(error|Caused by|×).*' "$venv/trackers.log" || tail -1 "$venv/trackers.log")): pip install 'polyrl[trackers]' adds them later"
+fi
+
 say "deepspeed $deepspeed_version, built against this torch"
 export DS_BUILD_OPS=0 DS_ACCELERATOR=$([ "$kind" = cpu ] && echo cpu || echo cuda)
 install --no-deps --no-build-isolation "deepspeed==$deepspeed_version" || die "deepspeed could not be built; see above"
@@ -102,6 +107,6 @@ install --no-deps --no-build-isolation "deepspeed==$deepspeed_version" || die "d
 say "polyrl itself"
 install --no-deps --no-build-isolation -e . || die "polyrl itself could not be installed; see above"
 $venv/bin/polyrl --help >/dev/null || die "everything is installed, but the polyrl command does not start; see above"
-rm -f $venv/uv.log $venv/torch.log $venv/bridges.log
+rm -f $venv/uv.log $venv/torch.log $venv/bridges.log $venv/trackers.log
 echo "$wanted" >"$stamp"
 say "done: $venv/bin/polyrl"

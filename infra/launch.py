@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from environments.sources import guarded
 from infra.audit.gate import AuditedWorkers
 from infra.queue_actor import QueueActor
 from infra.ray_cluster import connect
+from infra.trackers import open_trackers
+from infra.trackers.ray_metrics import RayMetrics
 from learner.actor import LearnerGroup
 from rl_core.bad_steps import TooManyBadSteps
 from rl_core.breaker import AllBroken
@@ -52,9 +55,13 @@ def run(config: RunConfig, *, run_dir: Path, sinks: Sequence[Sink]) -> int:
     """Run `config` to its end in `run_dir`. Returns 0, or 1 if the run failed or was stopped; its cause is an event."""
     store = RunStore(run_dir)
     out = Fan([store, *sinks])
+    trackers = open_trackers(config, run_dir, asdict(config), lambda text: out.emit(Event(kind="note", data={"text": text})))
+    out.add(*trackers)
     began = time.time()
     try:
         connect(run_dir)
+        if config.trackers.prometheus:
+            out.add(RayMetrics(run_dir.name))
         outcome, reason = asyncio.run(Run(config, run_dir, store, out).main())
     except BaseException as error:  # the outcome of every run is recorded, also that of one that broke
         outcome, reason = "failed", explain(error)
@@ -64,6 +71,8 @@ def run(config: RunConfig, *, run_dir: Path, sinks: Sequence[Sink]) -> int:
     finally:
         ray.shutdown()
     out.emit(Event(kind="run_finished", data={"outcome": outcome, "reason": reason, "seconds": time.time() - began}))
+    for tracker in trackers:
+        tracker.close()
     store.close()
     return 0 if outcome == "finished" else 1
 
@@ -72,7 +81,10 @@ class Fan:
     """Hands each event to every sink."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
+        self._sinks = list(sinks)
+
+    def add(self, *sinks: Sink) -> None:
+        self._sinks += sinks
 
     def emit(self, event: Event) -> None:
         for sink in self._sinks:

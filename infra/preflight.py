@@ -12,6 +12,7 @@ from environments.registry import resolve
 from environments.sandbox import SandboxUnavailable, choose_sandbox
 from environments.sandbox.choose import close_sandboxes
 from infra.errors import UsageError
+from infra.trackers.background import check_trackers
 from rl_core.chat import chat_format
 from rl_core.config import RunConfig
 from rl_core.rewards import DERIVED, unknown_component
@@ -31,6 +32,7 @@ def preflight(config: RunConfig, *, runs_here: bool = True) -> None:
     """
     for name in config.environments:
         check_environment(config, name)
+    check_trackers(config)
     check_speculation(config)
     check_thinking(config)
     check_disk(Path(config.runs_dir))

@@ -294,6 +294,26 @@ class AuditConfig:
 
 
 @dataclass
+class TrackersConfig:
+    """Where the figures go besides the run's own store. A tracker that is slow or fails never delays or stops a run."""
+
+    use: list[str] = field(default_factory=list)
+    """Any of tensorboard, wandb and mlflow; their packages are the extra `trackers`."""
+    project: str = "polyrl"
+    """Project of Weights & Biases, experiment of MLflow."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run there."""
+    wandb_mode: str = "online"
+    """online, or offline: files in the run's folder, for `wandb sync`."""
+    wandb_entity: str = ""
+    """Team or user; "" is the default of the account."""
+    mlflow_uri: str = ""
+    """Tracking server or store of MLflow; "" is the folder mlruns beside the runs."""
+    prometheus: bool = True
+    """Also as Ray metrics, which Prometheus reads from the cluster."""
+
+
+@dataclass
 class RunConfig:
     """Everything about one run."""
 
@@ -310,3 +330,4 @@ class RunConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    trackers: TrackersConfig = field(default_factory=TrackersConfig)

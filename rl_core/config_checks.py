@@ -60,6 +60,9 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"audit.honeypots is {c.audit.honeypots}, wanted at most 1: they take the engines' time and train nothing")
     _one_of("audit.gate", c.audit.gate, ("off", "note", "penalty", "quarantine", "stop"))
     _at_least("audit.every", c.audit.every, 1)
+    for name in c.trackers.use:
+        _one_of("trackers.use", name, ("tensorboard", "wandb", "mlflow"))
+    _one_of("trackers.wandb_mode", c.trackers.wandb_mode, ("online", "offline"))
     if not c.environments:
         raise ConfigError("environments is empty; name at least one, for example `environments: {math: {}}`, and see `polyrl envs list`")
     for name, env in c.environments.items():

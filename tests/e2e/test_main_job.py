@@ -19,7 +19,10 @@ from typing import Any
 import psutil
 import pytest
 
+from infra.trackers import figures
 from rl_core.ledger import read_balance
+from rl_core.run_store import StoredRun
+from tests.unit.test_trackers import undocumented
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -111,6 +114,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield run
     finally:
         job.end()
+
+
+def test_every_figure_of_the_run_is_in_the_table_of_metrics(finished: Path) -> None:
+    names = {name for event in StoredRun(finished).events() if (said := figures(event)) for name in said[1]}
+    assert {"learner/loss", "env/math/reward", "env/math/held_out/pass_rate"} <= names
+    assert not undocumented(names)
 
 
 def test_held_out_reward_rises(finished: Path) -> None:

@@ -57,8 +57,8 @@ ELSEWHERE = {
     "logs": ("tests/integration/test_resubmission.py", '"logs"'),
     "stop": ("tests/integration/test_resubmission.py", '"stop"'),
     "audit": ("tests/unit/test_audit.py", '"audit"'),
-    "replay": ("tests/integration/test_learner.py", "replay("),
-    "export": ("tests/integration/test_learner.py", "export"),
+    "replay": ("tests/integration/learner_scenarios.py", "replay.replay("),
+    "export": ("tests/integration/learner_scenarios.py", "export("),
     "chaos": ("tests/unit/test_chaos.py", "Chaos("),
     "bench": ("tests/unit/test_cli.py", '"bench"'),
     "simulate": ("tests/unit/test_simulation.py", "run_one("),
@@ -260,10 +260,12 @@ def test_every_test_or_module_named_exists(command: Command) -> None:
 @pytest.mark.parametrize("command", of("pip"), ids=lambda c: f"{c.page}: {c.text}")
 def test_what_is_to_be_installed_is_one_of_our_extras_or_a_folder_made_before(command: Command) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    known = {re.split(r"[=<>\[]", r)[0] for extra in project["optional-dependencies"].values() for r in extra}
+    extras = project["optional-dependencies"]
+    known = {re.split(r"[=<>\[]", requirement)[0] for extra in extras.values() for requirement in extra}
     for word in command.words[2:]:
         name = re.split(r"[=<>\[]", word)[0]
-        assert word in ("-e", "--no-deps", "polyrl-word-sums", ".") or name in known | set(project["optional-dependencies"]), word
+        extra = re.fullmatch(r"polyrl\[([a-z-]+)\]", word)
+        assert word in ("-e", "--no-deps", "polyrl-word-sums") or name in known or (extra and extra[1] in extras), word
 
 
 @pytest.mark.parametrize("command", of("duckdb"), ids=lambda c: f"{c.page}: {c.text}")
@@ -302,6 +304,7 @@ def test_every_key_that_a_page_names_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = {code.split("=")[0].rstrip(".") for code in re.findall(r"`([a-z_]+\.[a-z_<>.]+)(?:=[^`]*)?`", text)}
     prefixes = {s.prefix.rstrip(".") for s in sections()}
+    prefixes |= {prefix.removesuffix(".<name>") for prefix in prefixes}
     keys = [k for k in named if k.split(".")[0] in SECTIONS and not k.endswith((".py", ".md", ".yaml", ".parquet"))]
     wrong = [k for k in keys if not known_key(k) and k not in prefixes and k not in NO_KEYS]
     assert not wrong, f"no such key: {', '.join(wrong)}"
