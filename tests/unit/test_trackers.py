@@ -20,6 +20,8 @@ from infra.trackers.ray_metrics import COUNTERS, HISTOGRAMS, exported, series
 from rl_core.config import ConfigError, EnvironmentConfig, RunConfig, TrackersConfig
 from rl_core.config_checks import validate
 from rl_core.events import Event
+from rl_core.metrics import group_figures
+from rl_core.seams import GroupResult
 from tests.unit.stored_runs import events
 
 ROOT = Path(__file__).parents[2]
@@ -245,6 +247,17 @@ def test_every_metric_of_a_run_is_documented() -> None:
     names = {name for event in events() if (said := figures(event)) for name in said[1]}
     assert not undocumented(names)
     assert undocumented({"env/math/mystery", "learner/loss"}) == {"env/math/mystery"}
+
+
+def test_every_figure_of_a_group_is_documented() -> None:
+    group = GroupResult(
+        ref=None, group_id="g", env="math", task_key="k", num_trainable=2, has_signal=True, min_version=0, max_version=0,
+        rewards=(0.0, 1.0), components={"exact": 0.5}, statuses=("ok", "ok"), sampled_tokens=9, prompt_tokens=9, drafted=9, accepted=6,
+        engine_steps=4, seconds=1.0,
+    )  # fmt: skip
+    names = {f"env/math/{name}" for name in group_figures([group], 1.0)}
+    assert "env/math/mtp_acceptance" in names
+    assert not undocumented(names)
 
 
 def test_names_become_labels() -> None:
