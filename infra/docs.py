@@ -194,6 +194,9 @@ def _cell(text: str) -> str:
 
 # --- called by MkDocs ---------------------------------------------------------------------------------------------------
 
+OUTSIDE = re.compile(r"""<(?:script|img|iframe|link(?![^>]*rel="canonical"))\b[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*>""")
+"""What a browser would fetch from another host; links that a person may follow are none."""
+
 ANNOUNCED = {"run-store.md", "dashboard.md", "thinking.md", "hazards.md", "weights.md", "speculation.md"}
 """Pages that the navigation names before they are written; any other page that is missing is an error."""
 
@@ -218,3 +221,10 @@ def on_config(config: Any, **_: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     return filled(markdown)
+
+
+def on_post_page(output: str, *, page: Any, **_: Any) -> str:
+    """The pages are read where there is no network, and tell nobody that they are read."""
+    if found := OUTSIDE.search(output):
+        raise ValueError(f"{page.file.src_uri} would load something from elsewhere: {found[0]}")
+    return output

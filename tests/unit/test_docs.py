@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from infra.cli.main import main
-from infra.docs import ANNOUNCED, commands, config_tables, filled, lines_of, sections
+from infra.docs import ANNOUNCED, OUTSIDE, commands, config_tables, filled, lines_of, sections
 from rl_core.config import RunConfig
 from rl_core.config_files import load_config, reference
 from rl_core.ledger import Ledger
@@ -379,6 +379,14 @@ def test_a_page_that_names_code_which_is_gone_is_an_error() -> None:
         filled("<!-- table README.md | nothing | -->")
     block = filled("<!-- code rl_core/loop.py train.generate -->")
     assert block.splitlines()[1] == "async def generate() -> None:"
+
+
+def test_a_page_that_would_load_something_from_elsewhere_is_an_error() -> None:
+    assert OUTSIDE.search('<script src="https://cdn.example/x.js">')
+    assert OUTSIDE.search('<link rel="stylesheet" href="//fonts.example/a.css">')
+    assert not OUTSIDE.search(
+        '<a href="https://example.org">there</a><link rel="stylesheet" href="assets/a.css"><script src="assets/b.js">'
+    )
 
 
 def test_announced_pages_are_in_the_navigation() -> None:
