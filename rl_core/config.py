@@ -206,9 +206,13 @@ class LearnerConfig:
     """GRPO and its optimizer."""
 
     learning_rate: float = 3e-4
+    """Of AdamW, after the warm-up."""
     warmup_steps: int = 2
+    """Steps over which the learning rate rises linearly."""
     weight_decay: float = 0.0
+    """Of AdamW."""
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; those of the MTP head by their own."""
     spike_factor: float = 10.0
     """A step whose gradient norm is above this many times the median of the last 32 is skipped; 0 skips only what is not finite."""
     num_ranks: int = 1
@@ -318,9 +322,11 @@ class RunConfig:
     """Everything about one run."""
 
     name: str = "run"
+    """The run's id is the time of its start and this name."""
     runs_dir: str = "runs"
     """Where run folders are made."""
     seed: int = 0
+    """Of task sources and of the engines' sampling."""
     sandbox: str = "auto"
     """auto, docker or bubblewrap."""
     model: ModelConfig = field(default_factory=ModelConfig)
