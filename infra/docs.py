@@ -197,7 +197,7 @@ def _cell(text: str) -> str:
 OUTSIDE = re.compile(r"""<(?:script|img|iframe|link(?![^>]*rel="canonical"))\b[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 """What a browser would fetch from another host; links that a person may follow are none."""
 
-ANNOUNCED = {"run-store.md", "dashboard.md", "thinking.md", "hazards.md", "weights.md", "speculation.md"}
+ANNOUNCED = {"run-store.md", "dashboard.md", "thinking.md", "hazards.md", "weights.md", "speculation.md", "learner.md"}
 """Pages that the navigation names before they are written; any other page that is missing is an error."""
 
 
