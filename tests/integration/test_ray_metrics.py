@@ -59,9 +59,9 @@ def served() -> dict[str, dict[str, float]]:
     return found
 
 
-def value(served: dict[str, dict[str, float]], name: str, **labels: str) -> float:
+def value(served: dict[str, dict[str, float]], metric: str, /, **labels: str) -> float:
     wanted = [f'{key}="{text}"' for key, text in labels.items()]
-    (only,) = (v for text, v in served[name].items() if all(w in text for w in wanted))
+    (only,) = (v for text, v in served[metric].items() if all(w in text for w in wanted))
     return only
 
 

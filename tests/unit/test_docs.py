@@ -56,6 +56,8 @@ ELSEWHERE = {
     "jobs": ("tests/integration/test_resubmission.py", '"jobs"'),
     "logs": ("tests/integration/test_resubmission.py", '"logs"'),
     "stop": ("tests/integration/test_resubmission.py", '"stop"'),
+    "eval": ("tests/integration/test_worker.py", "await scores("),
+    "dashboard": ("tests/unit/test_dashboard.py", '"dashboard"'),
     "audit": ("tests/unit/test_audit.py", '"audit"'),
     "replay": ("tests/integration/learner_scenarios.py", "replay.replay("),
     "export": ("tests/integration/learner_scenarios.py", "export("),
