@@ -109,8 +109,9 @@ class _HostEnd(_Frames):
         task.add_done_callback(self._serving.discard)
 
     async def _serve(self, frame: bytes) -> None:
-        number, session, turn = json.loads(frame)
+        number = -1
         try:
+            number, session, turn = json.loads(frame)
             call = self._callee.truncate(session) if turn is None else self._callee.step(session, Turn.from_dict(turn))
             answer = encode(number, await call)
         except Exception as error:  # noqa: BLE001 (the caller's to know)
@@ -139,15 +140,18 @@ class Line(_Frames):
 
     def call(self, session: str, turn: Turn | None) -> asyncio.Future[Transition]:
         """Step with a turn, truncate with None. It is sent now; the future has its answer, or LineLost, or RuntimeError with what the
-        host raised."""
+        host raised. Raises ValueError for a turn beyond MAX_FRAME."""
         answer: asyncio.Future[Transition] = asyncio.get_running_loop().create_future()
         if self.lost:
             answer.set_exception(LineLost("the environment host has ended"))
             return answer
         number = next(self._numbers)
+        frame = json.dumps([number, session, None if turn is None else _turn(turn)]).encode()
+        if len(frame) > MAX_FRAME:
+            raise ValueError(f"a turn of {len(frame) / 2**20:.0f} MiB, more than {MAX_FRAME >> 20}: no environment takes that")
         self._waiting[number] = answer
         answer.add_done_callback(lambda _: self._waiting.pop(number, None))  # also when nobody waits any more
-        self.send(json.dumps([number, session, None if turn is None else _turn(turn)]).encode())
+        self.send(frame)
         return answer
 
     def hang_up(self) -> None:

@@ -155,10 +155,11 @@ class RolloutConfig:
     """Longest sequence in tokens."""
     max_batched_tokens: int = 4096
     """Tokens per engine step, prefill included."""
-    speculative_tokens: int = 4
-    """The most draft tokens per sequence and step from the MTP head; 0 turns speculation off."""
-    auto_k: bool = True
-    """Whether each engine chooses how many it drafts, from 0 to `speculative_tokens`, by what it measures (docs/speculation.md)."""
+    speculative_tokens: int = 2
+    """k: draft tokens per sequence and step from the MTP head; 0 turns speculation off."""
+    auto_k: bool = False
+    """Whether each engine chooses how many it drafts, from 0 to `speculative_tokens`, by what it measures (docs/speculation.md). Then a
+    fixed sampling seed no longer fixes the tokens: which dice they take depends on k."""
     kv_cache_gib: float = 1.0
     """Memory for attention and Mamba state on CPU engines."""
     num_threads: int = 1

@@ -125,11 +125,14 @@ class Hosts:
         return line.result() if line.done() else await asyncio.shield(line)
 
     async def _connect(self, host: Any) -> Line | None:
-        address = await self._through_ray(host, "line")
-        try:
-            return await Line.connect(address) if address else None
-        except OSError:
-            return None
+        """None: it is on another machine. One that died since it gave its address is asked again."""
+        for _ in range(2):
+            address = await self._through_ray(host, "line")
+            try:
+                return await Line.connect(address) if address else None
+            except OSError:
+                continue
+        return None
 
     async def _through_ray(self, host: Any, method: str, *arguments: Any) -> Any:
         answer = asyncio.ensure_future(_answer(getattr(host, method).remote(*arguments)))

@@ -32,7 +32,8 @@ from rl_core.run_store import StoredRun
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-STEPS = 16
+STEPS = 48
+"""Enough that `ray job stop`, which takes seconds to start, finds the run under way."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -152,6 +152,19 @@ async def test_a_call_that_nobody_waits_for_leaves_nothing(ends: tuple[Host, Lin
     assert await line.call("a", Turn(content="")) == transition()
 
 
+async def test_a_turn_beyond_all_measure_harms_nobody_else(ends: tuple[Host, Line], monkeypatch: pytest.MonkeyPatch) -> None:
+    host, line = ends
+    monkeypatch.setattr(line_module, "MAX_FRAME", 1000)
+    host.answers["a"] = transition()
+    host.may_answer.clear()
+    call = line.call("a", Turn(content=""))
+    with pytest.raises(ValueError, match="a turn of"):
+        line.call("b", Turn(content="x" * 2000))
+    host.may_answer.set()
+    assert await call == transition()
+    assert not line._waiting
+
+
 async def test_a_frame_beyond_all_measure_ends_the_connection(ends: tuple[Host, Line]) -> None:
     _, line = ends
     line._transport.write(b"\xff\xff\xff\xff")
