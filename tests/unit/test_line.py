@@ -61,7 +61,7 @@ async def ends() -> AsyncIterator[tuple[Host, Line]]:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_subnormal=False) | st.text(),
     lambda v: st.lists(v) | st.dictionaries(st.text(), v),
 )
 calls = st.builds(ToolCall, name=st.text(), arguments=st.dictionaries(st.text(), json_values))
