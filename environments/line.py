@@ -19,6 +19,7 @@ import struct
 import sys
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import count
 from typing import Any, Protocol, cast
 
@@ -109,9 +110,8 @@ class _HostEnd(_Frames):
         task.add_done_callback(self._serving.discard)
 
     async def _serve(self, frame: bytes) -> None:
-        number = -1
+        number, session, turn = json.loads(frame)
         try:
-            number, session, turn = json.loads(frame)
             call = self._callee.truncate(session) if turn is None else self._callee.step(session, Turn.from_dict(turn))
             answer = encode(number, await call)
         except Exception as error:  # noqa: BLE001 (the caller's to know)
@@ -146,7 +146,7 @@ class Line(_Frames):
             answer.set_exception(LineLost("the environment host has ended"))
             return answer
         number = next(self._numbers)
-        frame = json.dumps([number, session, None if turn is None else _turn(turn)]).encode()
+        frame = json.dumps([number, session, None if turn is None else asdict(turn)]).encode()
         if len(frame) > MAX_FRAME:
             raise ValueError(f"a turn of {len(frame) / 2**20:.0f} MiB, more than {MAX_FRAME >> 20}: no environment takes that")
         self._waiting[number] = answer
@@ -176,11 +176,6 @@ class Line(_Frames):
 # --- what travels ---------------------------------------------------------------------------------------------------------
 
 
-def _turn(turn: Turn) -> dict[str, Any]:
-    calls = [{"name": c.name, "arguments": dict(c.arguments)} for c in turn.tool_calls]
-    return {"content": turn.content, "thought": turn.thought, "tool_calls": calls, "malformed": turn.malformed}
-
-
 def encode(number: int, transition: Transition) -> bytes:
     """An answer. A transition that is no data, or too much of it, is its environment's fault, and becomes such a verdict."""
     try:
@@ -194,29 +189,22 @@ def encode(number: int, transition: Transition) -> bytes:
 
 
 def _written(transition: Transition) -> dict[str, Any]:
-    v = transition.verdict
     return {
         "messages": [[m.role, m.content] for m in transition.observation.messages],
         "tools": list(transition.observation.tools),
         "terminated": transition.terminated,
         "truncated": transition.truncated,
-        "verdict": None if v is None else [v.status.value, v.reward, dict(v.components), dict(v.evidence), v.verifier_version, v.latency_s],
+        "verdict": None if transition.verdict is None else asdict(transition.verdict),
     }
 
 
 def _read(data: dict[str, Any]) -> Transition:
-    verdict = None
-    if data["verdict"] is not None:
-        status, reward, components, evidence, version, seconds = data["verdict"]
-        verdict = Verdict(
-            status=Status(status), reward=reward, components=components, evidence=evidence, verifier_version=version, latency_s=seconds
-        )
     messages = tuple(Message(role=role, content=content) for role, content in data["messages"])
     return Transition(
         observation=Observation(messages=messages, tools=tuple(data["tools"])),
         terminated=data["terminated"],
         truncated=data["truncated"],
-        verdict=verdict,
+        verdict=None if data["verdict"] is None else Verdict.from_dict(data["verdict"]),
     )
 
 

@@ -197,27 +197,6 @@ def _cell(text: str) -> str:
 OUTSIDE = re.compile(r"""<(?:script|img|iframe|link(?![^>]*rel="canonical"))\b[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 """What a browser would fetch from another host; links that a person may follow are none."""
 
-ANNOUNCED = {"run-store.md", "dashboard.md", "thinking.md", "hazards.md", "weights.md", "speculation.md", "learner.md"}
-"""Pages that the navigation names before they are written; any other page that is missing is an error."""
-
-
-def on_config(config: Any, **_: Any) -> Any:
-    """Leave announced pages out of the navigation until they are there."""
-    there = Path(config["docs_dir"])
-
-    def kept(entries: list[Any]) -> list[Any]:
-        kept_entries = []
-        for entry in entries:
-            ((title, target),) = entry.items()
-            if isinstance(target, list):
-                kept_entries.append({title: kept(target)})
-            elif target not in ANNOUNCED or (there / target).is_file():
-                kept_entries.append(entry)
-        return kept_entries
-
-    config["nav"] = kept(config["nav"])
-    return config
-
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     return filled(markdown)

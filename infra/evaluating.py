@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from environments.registry import resolve
-from environments.sources import guarded
-from infra.launch import episode_spec, task_options
+from infra.launch import episode_spec, task_source
 from infra.ray_cluster import connect
 from rl_core.config import RunConfig
 from rl_core.evaluation import EvalResult, evaluate
 from rl_core.seams import GroupResult
-from rl_core.types import Task
 from rollout_workers.pool import Pool
 
 Budget = int | None
@@ -98,15 +95,9 @@ async def scores(config: RunConfig, plan: Plan, pool: Pool, budgets: dict[str, B
         done += 1
         progress(shown, done, total)
 
+    tasks = {name: task_source(config, name, "eval", config.eval.seed) for name in specs}  # the same ones as in a run's own evaluations
     results = await evaluate(
-        pool, tasks={name: held_out(config, name) for name in specs}, specs=specs, count=plan.tasks, seed=config.eval.seed,
+        pool, tasks=tasks, specs=specs, count=plan.tasks, seed=config.eval.seed,
         label=f"eval-{shown}", samples=plan.samples, record=count,
     )  # fmt: skip
     return [Row(env=name, budget=budgets[name], result=result) for name, result in results.items()]
-
-
-def held_out(config: RunConfig, name: str) -> Iterator[Task]:
-    """The held-out tasks of one environment, the same ones as in a run's own evaluations."""
-    env = config.environments[name]
-    env_class, options = resolve(env.id or name), task_options(config, env)
-    return guarded(lambda position: env_class.tasks("eval", config.eval.seed, options, start=position), name, "eval")

@@ -28,6 +28,7 @@ from infra.audit.gate import AuditedWorkers
 from infra.queue_actor import QueueActor
 from infra.ray_cluster import connect
 from infra.trackers import open_trackers
+from infra.trackers.background import CLOSE_S
 from infra.trackers.ray_metrics import RayMetrics
 from learner.actor import LearnerGroup
 from rl_core.bad_steps import TooManyBadSteps
@@ -53,7 +54,7 @@ log = logging.getLogger("polyrl")
 
 def run(config: RunConfig, *, run_dir: Path, sinks: Sequence[Sink]) -> int:
     """Run `config` to its end in `run_dir`. Returns 0, or 1 if the run failed or was stopped; its cause is an event."""
-    store = RunStore(run_dir)
+    store = RunStore(run_dir, keep_tokens=config.store.keep_tokens)
     out = Fan([store, *sinks])
     trackers = open_trackers(config, run_dir, asdict(config), lambda text: out.emit(Event(kind="note", data={"text": text})))
     out.add(*trackers)
@@ -71,8 +72,9 @@ def run(config: RunConfig, *, run_dir: Path, sinks: Sequence[Sink]) -> int:
     finally:
         ray.shutdown()
     out.emit(Event(kind="run_finished", data={"outcome": outcome, "reason": reason, "seconds": time.time() - began}))
+    until = time.monotonic() + CLOSE_S
     for tracker in trackers:
-        tracker.close()
+        tracker.close(max(until - time.monotonic(), 0.0))
     store.close()
     return 0 if outcome == "finished" else 1
 
@@ -238,28 +240,16 @@ class Run:
         """The training streams."""
         environments = self.config.environments
         return Mixer(
-            {name: partial(self.tasks, name, "train", self.config.seed) for name in environments},
+            {name: partial(task_source, self.config, name, "train", self.config.seed) for name in environments},
             {name: e.share for name, e in environments.items()},
             {name: Curriculum(seed=self.config.seed, floor=e.curriculum.floor) for name, e in environments.items() if e.curriculum.enabled},
         )
-
-    def tasks(self, name: str, split: str, seed: int, start: int = 0) -> Iterator[Task]:
-        """The task source of one environment, from a position on."""
-        env = self.config.environments[name]
-        env_class, options = resolve(env.id or name), task_options(self.config, env)
-
-        def source(position: int) -> Iterator[Task]:
-            if split == "train" and env.curriculum.enabled and env.curriculum.levels:
-                return leveled_tasks(env_class, split, seed, options, env.curriculum.levels, start=position)
-            return env_class.tasks(split, seed, options, start=position)
-
-        return guarded(source, name, split, start)
 
     async def evaluation(self, pool: Pool, label: str, version: int, count: int) -> dict[str, EvalResult]:
         """Held-out score of every environment, as an event."""
         if label != "during":
             self.phase(f"evaluating {label}", f"{count} held-out tasks of each environment")
-        sources = {name: self.tasks(name, "eval", self.config.eval.seed) for name in self.config.environments}
+        sources = {name: task_source(self.config, name, "eval", self.config.eval.seed) for name in self.config.environments}
         prefix = label if label != "during" else f"during{version}"
 
         async def keep(result: GroupResult) -> None:
@@ -357,6 +347,19 @@ def episode_spec(env: EnvironmentConfig, num_workers: int = 1) -> EpisodeSpec:
         concurrency=math.ceil(env.concurrency / num_workers),
         thinking_budget=env.thinking_budget,
     )
+
+
+def task_source(config: RunConfig, name: str, split: str, seed: int, start: int = 0) -> Iterator[Task]:
+    """The tasks of one environment, from a position on."""
+    env = config.environments[name]
+    env_class, options = resolve(env.id or name), task_options(config, env)
+
+    def source(position: int) -> Iterator[Task]:
+        if split == "train" and env.curriculum.enabled and env.curriculum.levels:
+            return leveled_tasks(env_class, split, seed, options, env.curriculum.levels, start=position)
+        return env_class.tasks(split, seed, options, start=position)
+
+    return guarded(source, name, split, start)
 
 
 def task_options(config: RunConfig, env: EnvironmentConfig) -> dict[str, Any]:

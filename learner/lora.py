@@ -27,6 +27,10 @@ def install(lm: Any, config: LoraConfig) -> None:
         peft.inject_adapter_in_model(settings, lm)
     except ValueError as error:
         raise ConfigError(f"learner.lora.targets is {list(config.targets)}: {error}") from error
+    head = lm.get_output_embeddings()
+    for name, module in lm.named_modules():
+        if hasattr(module, "get_delta_weight") and (module is head or not isinstance(module.get_base_layer(), torch.nn.Linear)):
+            raise ConfigError(f"learner.lora.targets is {list(config.targets)}: {name} is no linear layer below the LM head; leave it out")
 
 
 @torch.no_grad()

@@ -319,6 +319,14 @@ class TrackersConfig:
 
 
 @dataclass
+class StoreConfig:
+    """What a run's folder keeps."""
+
+    keep_tokens: bool = False
+    """Whether the ids, logprobs and policy versions of every token are stored with its rollout: what the dashboard's token view shows."""
+
+
+@dataclass
 class RunConfig:
     """Everything about one run."""
 
@@ -337,4 +345,5 @@ class RunConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     trackers: TrackersConfig = field(default_factory=TrackersConfig)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from rl_core.types import Completion, Group, Message, Rollout, Status, Task, Turn, Verdict, VersionSpan, add_positions
+from rl_core.types import Completion, Group, Message, Rollout, Task, Turn, Verdict, VersionSpan, add_positions
 
 SEGMENT_BYTES = 64 << 20
 """A segment is closed beyond this size; only closed ones can be pruned."""
@@ -182,7 +182,7 @@ def to_rollout(head: dict[str, Any], completions: Sequence[Completion], *, env: 
         task_key=task_key,
         completions=tuple(completions),
         messages=tuple(Message(role=role, content=content) for role, content in head["messages"]),
-        verdict=Verdict(**(head["verdict"] | {"status": Status(head["verdict"]["status"])})),
+        verdict=Verdict.from_dict(head["verdict"]),
         turns=tuple(Turn.from_dict(t) for t in head["turns"]),
         truncated=head["truncated"],
         thinking_tokens=head["thinking_tokens"],

@@ -298,6 +298,14 @@ def _batch(db: sqlite3.Connection, version: int) -> list[str]:
     return [row[0] for row in (*fresh, *again)]
 
 
+def read_fates(path: Path) -> list[tuple[str, str, str, int | None]]:
+    """(group id, state, reason, version that it made) of every task drawn in a run, finished or running; none where there is no ledger."""
+    if not path.is_file():
+        return []
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        return db.execute("SELECT group_id, state, reason, version FROM tasks").fetchall()
+
+
 def read_balance(path: Path) -> list[Balance]:
     """The sums per environment, of a finished or a running run.
 

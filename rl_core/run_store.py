@@ -180,17 +180,14 @@ def create_run_dir(config: RunConfig, run_id: str = "") -> Path:
 
     With a `run_id`, the folder has that name. Raises FileExistsError if there is one.
     """
-    if run_id:
-        run_dir = Path(config.runs_dir).absolute() / run_id
-        run_dir.mkdir(parents=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        return run_dir
-    stem = time.strftime("%Y%m%d-%H%M%S-") + "".join(c if c.isalnum() or c in "-_." else "-" for c in config.name)
+    stem = run_id or time.strftime("%Y%m%d-%H%M%S-") + "".join(c if c.isalnum() or c in "-_." else "-" for c in config.name)
     for attempt in range(1000):
         run_dir = Path(config.runs_dir).absolute() / (stem + (f"-{attempt}" if attempt else ""))
         try:
             run_dir.mkdir(parents=True)
         except FileExistsError:
+            if run_id:
+                raise
             continue
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         return run_dir
@@ -229,6 +226,10 @@ class StoredRun:
         for event in self.events():
             if event.kind in ("run_started", "run_finished"):
                 last = event
+        return self.state_after(last)
+
+    def state_after(self, last: Event | None) -> str:
+        """`state`, if `last` was the last start or end of the run that its events tell of."""
         if last is not None and last.kind == "run_finished":
             return str(last.data["outcome"])
         return "running" if self.is_being_written else "killed"
@@ -250,19 +251,30 @@ class StoredRun:
                 if line.strip():
                     yield Event.from_json(line)
 
+    def segments(self) -> list[str]:
+        """The files of its rollouts that are whole, oldest first."""
+        return sorted(str(p) for p in (self.run_dir / "rollouts").glob("part-*.parquet"))
+
     def sql(self, query: str) -> list[dict[str, Any]]:
         """Rows of a SQL query over the view `rollouts` (DuckDB; columns are those of SCHEMA)."""
         import duckdb  # half a second to import, and only readers need it
 
-        parts = sorted(str(p) for p in (self.run_dir / "rollouts").glob("part-*.parquet"))
         with duckdb.connect(config={"threads": 1}) as db:
-            if parts:
-                db.from_parquet(parts, union_by_name=True).create_view("rollouts")
-            else:
-                db.register("rollouts", SCHEMA.empty_table())
+            view_rollouts(db, self.segments())
             cursor = db.execute(query)
             names = [column[0] for column in cursor.description or []]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def view_rollouts(db: Any, segments: Sequence[str]) -> None:
+    """The view `rollouts` of a DuckDB connection: one row per rollout, the columns those of SCHEMA. It replaces an earlier one."""
+    if segments:
+        db.from_parquet(list(segments), union_by_name=True).create_view("rollouts", replace=True)
+    else:  # a table, since cursors see nothing that is only registered
+        db.register("incoming", SCHEMA.empty_table())
+        db.execute("CREATE OR REPLACE TABLE nothing AS SELECT * FROM incoming")
+        db.unregister("incoming")
+        db.execute("CREATE OR REPLACE VIEW rollouts AS SELECT * FROM nothing")
 
 
 def _row(group: Group, rollout: Rollout, label: str, step: int | None, *, keep_tokens: bool) -> dict[str, Any]:

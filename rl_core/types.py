@@ -118,6 +118,11 @@ class Verdict:
         if self.reward is not None and not np.isfinite(self.reward):
             raise ValueError(f"verdict with reward {self.reward}: wanted a finite number")
 
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Verdict:
+        """The verdict that `dataclasses.asdict` took apart, after any number of trips through JSON."""
+        return Verdict(**{**data, "status": Status(data["status"])})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionSpan:

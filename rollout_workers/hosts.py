@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,8 @@ LOOK_S = 15.0
 """A call that takes longer makes its worker look at the host, and again every time that this has passed."""
 ANSWER_S = 15.0
 """Longest that a host may take to say that it lives. It needs a millisecond; a machine that swaps needs more."""
+START_S = 120.0
+"""The same for one that starts again: it imports everything first."""
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +90,9 @@ class Hosts:
         self._hosts, self._owner = hosts, owner
         self._turn_of, self._number = itertools.count(), itertools.count()
         self._looking: dict[Any, asyncio.Task[None]] = {}
-        self._lines: dict[Any, asyncio.Future[Line | None]] = {}
+        self._starting: set[Any] = set()
+        self._lines: dict[Any, Line | None] = {}
+        self._connecting: defaultdict[Any, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.killed = 0
 
     def session(self, env_id: str, options: Mapping[str, Any], task: Task) -> RemoteSession:
@@ -118,14 +123,15 @@ class Hosts:
             overdue.cancel()
 
     async def _line_to(self, host: Any) -> Line | None:
-        """The line to the process that the host is now; None where there can be none."""
-        line = self._lines.get(host)
-        if line is None or (line.done() and (line.cancelled() or line.exception() is not None or lost(line.result()))):
-            line = self._lines[host] = asyncio.ensure_future(self._connect(host))
-        return line.result() if line.done() else await asyncio.shield(line)
+        """The line to the process that the host is now; None: it is on another machine."""
+        async with self._connecting[host]:
+            line = self._lines.get(host)
+            if host not in self._lines or (line is not None and line.lost):
+                line = self._lines[host] = await self._connect(host)
+            return line
 
     async def _connect(self, host: Any) -> Line | None:
-        """None: it is on another machine. One that died since it gave its address is asked again."""
+        """A host that died since it gave its address is asked again, once."""
         for _ in range(2):
             address = await self._through_ray(host, "line")
             try:
@@ -151,9 +157,8 @@ class Hosts:
     def hang_up(self) -> None:
         """End all lines; calls under way are lost."""
         for line in self._lines.values():
-            line.cancel()
-            if line.done() and not line.cancelled() and line.exception() is None and (connected := line.result()) is not None:
-                connected.hang_up()
+            if line is not None:
+                line.hang_up()
         self._lines.clear()
 
     def _overdue(self, host: Any, answer: asyncio.Future[Any]) -> None:
@@ -170,14 +175,18 @@ class Hosts:
         return self._looking[host]
 
     async def _look(self, host: Any) -> None:
+        patience = START_S if host in self._starting else ANSWER_S
         try:
-            await asyncio.wait_for(_answer(host.ping.remote()), ANSWER_S)
+            # Not sent again: who waits for a host that another worker kills must learn of it.
+            await asyncio.wait_for(_answer(host.ping.options(max_task_retries=0).remote()), patience)
+            self._starting.discard(host)
         except TimeoutError:
-            log.warning("an environment host did not answer within %g s; it is killed, and starts again", ANSWER_S)
+            log.warning("an environment host did not answer within %g s; it is killed, and starts again", patience)
             self.killed += 1
+            self._starting.add(host)
             ray.kill(host, no_restart=False)
         except ray.exceptions.RayActorError:
-            pass  # dead already: Ray starts it again
+            self._starting.add(host)  # dead already: Ray starts it again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,10 +211,6 @@ class RemoteSession:
 
     async def close(self) -> None:
         await self.host.close.remote(self.id)
-
-
-def lost(line: Line | None) -> bool:
-    return line is not None and line.lost
 
 
 async def _answer(ref: Any) -> Any:

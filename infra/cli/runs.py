@@ -57,19 +57,24 @@ def named_run_dir(config: RunConfig, run_id: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", run_id):
         raise UsageError(f"--run {run_id!r}: wanted letters, digits, '-', '_' and '.', a letter or digit first")
     stored = StoredRun(Path(config.runs_dir).absolute() / run_id)
-    if not (stored.run_dir / "config.yaml").is_file():
-        return create_run_dir(config, run_id)
-    before = load_config(stored.run_dir / "config.yaml")
+    path = stored.run_dir / "config.yaml"
+    if not path.is_file():
+        try:
+            return create_run_dir(config, run_id)
+        except FileExistsError:
+            raise UsageError(f"{stored.run_dir} is there and is no run; remove it, or choose another --run") from None
+    before = load_config(path)
     if (steps := reopen(stored, replace(before, runs_dir=config.runs_dir), config)) is not None:
         typer.echo(f"run {run_id} has finished its {steps} steps")
         raise typer.Exit(0)
+    path.write_text(to_yaml(config), encoding="utf-8")  # what it goes on under, for all that read it later
     return stored.run_dir
 
 
 def resume(run: RunName = "latest", overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
     """Go on with RUN where it stopped, was killed or failed; no step is trained twice.
 
-    Of its config, the end (loop.steps) and what does not touch its results may be changed: eval.*, rollout.*, trackers.*, sandbox,
+    Of its config, the end (loop.steps) and what does not touch its results may be changed: eval.*, rollout.*, store.*, trackers.*, sandbox,
     loop.stall_s, learner.checkpoint_every, learner.keep_batches.
     """
     stored = RunStore.find(runs_dir, run)
@@ -97,7 +102,17 @@ def reopen(stored: StoredRun, before: RunConfig, after: RunConfig) -> int | None
     return steps if state == "finished" and steps >= after.loop.steps else None
 
 
-MAY_CHANGE = ("loop.steps", "loop.stall_s", "eval.", "rollout.", "trackers.", "sandbox", "learner.checkpoint_every", "learner.keep_batches")
+MAY_CHANGE = (
+    "loop.steps",
+    "loop.stall_s",
+    "eval.",
+    "rollout.",
+    "store.",
+    "trackers.",
+    "sandbox",
+    "learner.checkpoint_every",
+    "learner.keep_batches",
+)
 """Keys that a resumed run may have otherwise than before; with any other it would not be the same run."""
 
 
@@ -156,7 +171,7 @@ def submit(
     """Run CONFIG as a Ray job. With --run, submitting it again goes on with the same run."""
     overrides = overrides or []
     plugins = tuple(path.absolute() for path in plugin or ())
-    sys.path += [str(path.parent) for path in plugins if path.is_dir()]  # the config is checked here, too
+    sys.path += [str(path.parent if path.is_dir() else path) for path in plugins]  # the config is checked here, too
     checked = load_config(config, overrides)
     preflight(checked, runs_here=address is None)
 

@@ -45,7 +45,7 @@ class Json(JSONResponse):
             return json.dumps(_finite(content), separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def make_app(runs_dir: Path, *, host: str = "127.0.0.1", port: int = 8265, token: str = "") -> ASGIApp:
+def make_app(runs_dir: Path, *, host: str = "127.0.0.1", port: int, token: str = "") -> ASGIApp:
     """The whole dashboard, guarded. Raises ValueError where `host` needs a token."""
     app = FastAPI(title="polyrl dashboard", docs_url=None, redoc_url=None, openapi_url=None, default_response_class=Json)
     library = Library(runs_dir)

@@ -54,11 +54,6 @@ class Feed:
         self._offset = 0
         self._lock = threading.Lock()
 
-    @property
-    def position(self) -> int:
-        """Bytes of events.jsonl known: grows when something happened."""
-        return self._offset
-
     def refresh(self) -> Feed:
         """Read what has been written since."""
         with self._lock:
@@ -98,8 +93,6 @@ class Feed:
                 "step": state.version,
                 "steps": state.steps,
                 "max_staleness": state.max_staleness,
-                "objective": state.objective,
-                "position": self._offset,
                 "environments": [
                     {
                         "name": name,
@@ -140,7 +133,6 @@ class Feed:
             "steps": _json(steps[ends]),
             "time": _json(times[ends] - (started or 0.0), digits=10),
             "tokens": _json(tokens[ends], digits=12),
-            "bin": size,
             "values": {name: _json(_binned(column, size)) for name, column in columns.items()},
             "smooth": {name: _json(moving_mean(column, smooth)[ends]) for name, column in columns.items()} if smooth > 1 else {},
         }

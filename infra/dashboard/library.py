@@ -38,6 +38,7 @@ class Library:
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
         self._open: OrderedDict[str, OpenRun] = OrderedDict()
+        self._rows: dict[str, tuple[int, dict[str, Any]]] = {}  # by id: bytes of events, and the row that they made
         self._lock = threading.Lock()
 
     def stored(self) -> list[StoredRun]:
@@ -66,9 +67,14 @@ class Library:
 
     def _row(self, run: StoredRun) -> dict[str, Any]:
         path = run.run_dir / "events.jsonl"
-        if run.id in self._open or not path.is_file() or path.stat().st_size <= READ_WHOLE:
-            return self.find(run.id).feed.refresh().summary()
-        return _glance(run, path)
+        size = path.stat().st_size if path.is_file() else 0
+        if run.id in self._open:
+            return self._open[run.id].feed.refresh().summary()
+        known, row = self._rows.get(run.id, (-1, {}))
+        if known != size or row["state"] == "running":  # which ends without an event when the run is killed
+            row = Feed(run).refresh().summary() if size <= READ_WHOLE else _glance(run, path)
+            self._rows[run.id] = (size, row)
+        return row
 
 
 def _glance(run: StoredRun, path: Path) -> dict[str, Any]:
@@ -78,11 +84,12 @@ def _glance(run: StoredRun, path: Path) -> dict[str, Any]:
         file.seek(max(0, path.stat().st_size - EDGE))
         last = _events(file.read(EDGE))
     start: dict[str, Any] = next((dict(e.data) for e in first if e.kind == "run_started"), {})
-    end = next((e for e in last[::-1] if e.kind == "run_finished"), None)
+    turn = next((e for e in last[::-1] if e.kind in ("run_started", "run_finished")), None)  # of a resumed run the second one counts
+    end = turn if turn is not None and turn.kind == "run_finished" else None
     step = next((int(e.data["version"]) for e in last[::-1] if e.kind == "step"), 0)
     return {
         "run": run.id,
-        "state": str(end.data["outcome"]) if end else "running" if run.is_being_written else "killed",
+        "state": run.state_after(turn),
         "reason": str(end.data.get("reason", "")) if end else "",
         "started": first[0].time if first else None,
         "updated": last[-1].time if last else None,

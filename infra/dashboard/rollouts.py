@@ -6,10 +6,9 @@ Every value that a visitor gives is a bound parameter; every name that stands in
 from __future__ import annotations
 
 import json
-import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rl_core.run_store import SCHEMA, StoredRun
+from rl_core.ledger import read_fates
+from rl_core.run_store import StoredRun, view_rollouts
 
 QUERY_SECONDS = 30.0
 """A question that takes longer is ended: a page that nobody waits for must not hold the machine."""
@@ -90,7 +90,7 @@ class Rollouts:
     def __init__(self, run: StoredRun) -> None:
         self._run = run
         self._db: Any = None  # connected at the first question: most runs of a list are asked none
-        self._parts: list[str] | None = None
+        self._segments: list[str] | None = None
         self._fates_seen: tuple[float, float] | None = None
         self._lock = threading.Lock()
 
@@ -200,14 +200,9 @@ class Rollouts:
 
     def _look_again(self) -> None:
         """Segments appear whole, and the ledger changes: views over both are made anew when they did."""
-        parts = sorted(str(p) for p in (self._run.run_dir / "rollouts").glob("part-*.parquet"))
-        if parts != self._parts:
-            if parts:
-                self._db.from_parquet(parts, union_by_name=True).create_view("rollouts", replace=True)
-            else:
-                self._replace("nothing", SCHEMA.empty_table())
-                self._db.execute("CREATE OR REPLACE VIEW rollouts AS SELECT * FROM nothing")
-            self._parts = parts
+        if (segments := self._run.segments()) != self._segments:
+            view_rollouts(self._db, segments)
+            self._segments = segments
         path = self._run.run_dir / "ledger.sqlite"
         seen = (_changed(path), _changed(path.with_name(path.name + "-wal")))
         if seen != self._fates_seen:
@@ -234,12 +229,7 @@ def _changed(path: Any) -> float:
 
 def _fates(run: StoredRun) -> pa.Table:
     """What became of each group: FATES. Empty where the run has no ledger."""
-    path = run.run_dir / "ledger.sqlite"
-    if not path.is_file():
-        return FATES.empty_table()
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
-        rows = db.execute("SELECT group_id, state, reason, version FROM tasks").fetchall()
-    columns = list(zip(*rows, strict=True)) or [()] * len(FATES)
+    columns = list(zip(*read_fates(run.run_dir / "ledger.sqlite"), strict=True)) or [()] * len(FATES)
     return pa.Table.from_arrays([pa.array(column, type=field.type) for column, field in zip(columns, FATES, strict=True)], schema=FATES)
 
 

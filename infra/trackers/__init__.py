@@ -4,7 +4,7 @@ event --> Background (bounded queue, thread) --> Tracker        one of each per 
       --> RayMetrics (in memory)             --> Ray's agent --> Prometheus --> Grafana
 """
 
-from infra.trackers.background import Background, Tracker, open_trackers
+from infra.trackers.background import Background, open_trackers
 from infra.trackers.figures import figures
 
-__all__ = ["Background", "Tracker", "figures", "open_trackers"]
+__all__ = ["Background", "figures", "open_trackers"]

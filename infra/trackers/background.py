@@ -9,6 +9,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +23,7 @@ QUEUE_SIZE = 4096
 """Events; some kilobytes each. A run makes one per step."""
 
 CLOSE_S = 20.0
-"""How long the end of a run waits for what a tracker still has to write."""
+"""How long the end of a run waits for what its trackers still have to write, all together."""
 
 
 class Tracker(Protocol):
@@ -91,41 +94,28 @@ class Background:
             self._note(self._warning)
 
 
-Maker = Callable[[RunConfig, Path, dict[str, Any]], Tracker]
-
-
-def _tensorboard(config: RunConfig, run_dir: Path, settings: dict[str, Any]) -> Tracker:
-    from infra.trackers.tensorboard import TensorBoard
-
-    return TensorBoard(config, run_dir, settings)
-
-
-def _wandb(config: RunConfig, run_dir: Path, settings: dict[str, Any]) -> Tracker:
-    from infra.trackers.wandb import WeightsAndBiases
-
-    return WeightsAndBiases(config, run_dir, settings)
-
-
-def _mlflow(config: RunConfig, run_dir: Path, settings: dict[str, Any]) -> Tracker:
-    from infra.trackers.mlflow import MLflow
-
-    return MLflow(config, run_dir, settings)
-
-
-MAKERS: dict[str, Maker] = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
-"""Tracker -> the module that it needs."""
+TRACKERS = {
+    "tensorboard": ("infra.trackers.tensorboard", "TensorBoard", "tensorboardX"),
+    "wandb": ("infra.trackers.wandb", "WeightsAndBiases", "wandb"),
+    "mlflow": ("infra.trackers.mlflow", "MLflow", "mlflow"),
+}
+"""Name in the config -> module and class, imported when they are wanted, and the package that they need."""
 
 
 def check_trackers(config: RunConfig) -> None:
     """Raise ConfigError for a tracker whose package is not installed."""
-    from importlib.util import find_spec
-
     for name in config.trackers.use:
-        if find_spec(PACKAGES[name]) is None:
-            raise ConfigError(f"trackers.use names {name}, but {PACKAGES[name]} is not installed; pip install 'polyrl[trackers]'")
+        package = TRACKERS[name][2]
+        if find_spec(package) is None:
+            raise ConfigError(f"trackers.use names {name}, but {package} is not installed; pip install 'polyrl[trackers]'")
 
 
 def open_trackers(config: RunConfig, run_dir: Path, settings: dict[str, Any], note: Callable[[str], None]) -> list[Background]:
     """A sink for each tracker of the config. `settings` are what the tracker shows as the run's configuration."""
-    return [Background(name, lambda make=MAKERS[name]: make(config, run_dir, settings), note) for name in config.trackers.use]  # type: ignore[misc]
+
+    def make(name: str) -> Tracker:
+        module, kind, _ = TRACKERS[name]
+        tracker: Tracker = getattr(import_module(module), kind)(config, run_dir, settings)
+        return tracker
+
+    return [Background(name, partial(make, name), note) for name in config.trackers.use]

@@ -1,4 +1,4 @@
-"""Speculation that never costs: how many tokens to draft, from what each number was measured to bring.
+"""How many tokens to draft, from what each number was measured to bring.
 
     schedule --> [AutoK.choose] --> step --> [AutoK.record] --> tokens/s of (batch size, k), slowly forgotten
 

@@ -7,8 +7,6 @@ Cost upstream (vLLM 0.32): each draft rebuilds attention metadata, forward conte
 calls, and the first pass takes all tokens of the step (a whole prompt, at first) through attention, experts and output layer, of
 which one row per sequence is read. With a small model that is most of a step. What is computed here is the same, less what nobody reads.
 
-Where no draft is wanted (k = 0), even keys and values wait until one is: a run that does not speculate pays nothing.
-
 Serves one MTP layer of an attention and an expert block, as every NemotronH has it, in one process. Anything else is left to vLLM.
 """
 
@@ -23,9 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE
-
-WAITING_TOKENS = 4096
-"""Tokens without keys and values beyond which they are computed although nobody drafts: a few megabytes of hidden states."""
 
 LEAST_CHANCE = 0.3
 """Where k is chosen, a draft is verified if it stands with this chance, by the head's own probabilities of it and of those before it.
@@ -50,23 +45,9 @@ class Head:
         self.embed, self.lm_head, self.vocab = model.model.embed_tokens, model.lm_head, model.config.vocab_size
         self.first, self.second, self.mixer = first, second, first.mixer
         self.block_size, self.dtype, self.split_kv, self.least_chance = block_size, dtype, split_kv, least_chance
-        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         blocks, heads, size, _ = self.mixer.attn.kv_cache.shape
         assert size == block_size, f"attention blocks of {size} tokens, drafts placed in blocks of {block_size}"
         self.keys, self.values = self.mixer.attn.kv_cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
-
-    def wait(self, ids: Tensor, hidden: Tensor, slots: Tensor) -> None:
-        """Tokens whose keys and values nobody needs yet."""
-        self.waiting.append((ids, hidden, slots.clone()))
-        if sum(len(ids) for ids, _, _ in self.waiting) > WAITING_TOKENS:
-            self.catch_up()
-
-    def catch_up(self) -> None:
-        """In the order in which they came: a later token may have been given an earlier one's slot."""
-        if self.waiting:
-            ids, hidden, slots = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
-            self.waiting = []
-            self.enter(ids, hidden, slots)
 
     def enter(self, ids: Tensor, hidden: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Token t + 1 and hidden state t [N, D]: their keys and values go to `slots`; returns residual [N, D] and queries [N, H, P]."""
@@ -134,16 +115,13 @@ def propose(
 ) -> Tensor | list[list[int]]:  # fmt: skip
     """vLLM's `SpecDecodeBaseProposer.propose`: up to k drafts of each sequence, to verify in the next step."""
     head, meta, k = head_of(self), common_attn_metadata, num_speculative_tokens
-    self.num_speculative_tokens, self._last_draft_probs = k, None
+    self.num_speculative_tokens = k
     count, last = len(target_token_ids), token_indices_to_sample
     if last is None:
         last = meta.query_start_loc[1:] - 1
     ids = target_token_ids.roll(-1)
     ids[last] = next_token_ids.to(ids.dtype)
-    if k == 0 and num_rejected_tokens_gpu is None:
-        head.wait(ids, target_hidden_states, meta.slot_mapping[:count])
-        return torch.empty((len(last), 0), dtype=torch.int64)
-    head.catch_up()
+    # Also where k is 0, and now: later these slots may be those of another sequence, or of another layer's state.
     x, q = head.enter(ids, target_hidden_states, meta.slot_mapping[:count])
     if k == 0:
         return torch.empty((len(last), 0), dtype=torch.int64)
@@ -151,9 +129,6 @@ def propose(
     seq_lens = meta.seq_lens.clone() if num_rejected_tokens_gpu is None else meta.seq_lens - num_rejected_tokens_gpu
     batch = Batch(seq_lens=seq_lens, blocks=meta.block_table_tensor, starts=self.arange[: len(last) + 1])
     hidden = head.leave(x[last], q[last], batch)
-    if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
-        drafts, self._last_draft_probs = drawn(head, hidden, batch, k, self.max_model_len, sampling_metadata)
-        return drafts
     return likeliest(head, hidden, batch, k, self.max_model_len)
 
 
@@ -178,18 +153,6 @@ def likeliest(head: Head, hidden: Tensor, batch: Batch, k: int, longest: int) ->
     return [ids[:count] for ids, count in zip(torch.stack(drafts, 1).tolist(), counts, strict=True)]
 
 
-def drawn(head: Head, hidden: Tensor, batch: Batch, k: int, longest: int, sampling: Any) -> tuple[Tensor, Tensor]:
-    """([B, k] tokens drawn from the head's distributions at each sequence's temperature, those distributions [B, k, V])."""
-    drafts, probabilities = [], []
-    while True:
-        draft, probability = pick(head.logits(hidden), sampling)
-        drafts.append(draft)
-        probabilities.append(probability)
-        if len(drafts) == k:
-            return torch.stack(drafts, 1), torch.stack(probabilities, 1)
-        hidden = head.follow(draft, hidden, batch, longest)
-
-
 def last_tokens(self: Any, sampled: Tensor, requests: Any, batch: Any, discarded: Tensor) -> tuple[Tensor, Tensor] | None:
     """vLLM's `prepare_next_token_ids_padded`: each sequence's last token and how many there are, of [B, 1 + k] padded with -1.
 
@@ -212,20 +175,6 @@ def last_places(self: Any, meta: Any, drafts: Any, counts: Tensor) -> tuple[Any,
     return meta, meta.query_start_loc[1:] - 1 - rejected, rejected
 
 
-def pick(logits: Tensor, sampling: Any) -> tuple[Tensor, Tensor]:
-    """(drafts [B], the distributions [B, V] they were drawn from).
-
-    Sequences with a generator of their own draw from it, so that their seed still decides what they get.
-    """
-    certain = sampling.temperature == 0
-    temperature = torch.where(certain, 1.0, sampling.temperature)
-    probability = (logits.float() / temperature[:, None]).softmax(-1)
-    noise = torch.empty_like(probability).exponential_()
-    for row, generator in sampling.generators.items():
-        noise[row].exponential_(generator=generator)
-    return torch.where(certain, logits.argmax(-1), (probability / noise).argmax(-1)), probability
-
-
 def head_of(proposer: Any) -> Head:
     if getattr(proposer, "polyrl_head", None) is None:
         import vllm.envs as envs
@@ -243,6 +192,7 @@ def serves(proposer: Any) -> bool:
         and model.model.pattern_str == "*E"
         and proposer.vllm_config.parallel_config.world_size == 1
         and not proposer.supports_mm_inputs
+        and not proposer._enable_probabilistic_draft_probs
         and not proposer.use_heterogeneous_vocab
         and hasattr(model.lm_head, "cpu_linear")
     )

@@ -6,11 +6,11 @@
 Cost upstream (vLLM 0.32, CPU): drafts and the token behind them are sampled by two samplers, with their logits gathered, scattered back
 and normalised three times, and a loop over vocabulary and drafts in place of a GPU kernel: as much time as a fifth of the model.
 
-With p the policy's distribution at a draft x and q the one that x was drawn from (a certainty, where drafts are simply the most likely
-tokens), x is accepted with probability min(1, p(x) / q(x)); else a token is drawn from max(0, p - q), normalised. The outcome has
-distribution p whatever q is (Leviathan et al., 2023; Chen et al., 2023).
+With p the policy's distribution at a draft x, which is a certainty, x is accepted with probability p(x); else a token is drawn from what
+is left of p without x. The outcome has distribution p whatever x is (Leviathan et al., 2023; Chen et al., 2023).
 
-Requests that want more than temperature, top-k and top-p (penalties, logit processors, several logprobs) are left to vLLM.
+Drafts that were drawn, and requests that want more than temperature, top-k and top-p (penalties, logit processors, several logprobs),
+are left to vLLM.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ REJECTED = -1
 def verify(
     logprobs: Tensor,  # [N, V] of the policy: for each sequence its k_i drafts' rows, then the row behind them; N = sum(k_i + 1)
     drafts: Tensor,  # [sum(k_i)]
-    draft_probs: Tensor | None,  # [sum(k_i), V] that they were drawn from; None: each was the most likely one
     counts: Tensor,  # [B] int64, k_i + 1
     greedy: Tensor | None,  # [B] bool: sequences that take the most likely token; None: none does
     uniform: Tensor,  # [sum(k_i)] float64 in [0, 1)
@@ -43,9 +42,7 @@ def verify(
     drafted = steps[:-1] < (counts - 1)[:, None]  # [B, longest - 1]
     draft_rows = rows[:, :-1][drafted]
     drafts = drafts.long()
-    p = logprobs[draft_rows, drafts].exp().double()
-    q = 1.0 if draft_probs is None else draft_probs.gather(1, drafts[:, None])[:, 0].double()
-    accepted = uniform * q < p
+    accepted = uniform < logprobs[draft_rows, drafts].exp().double()
     if greedy is not None:
         accepted = torch.where(greedy.repeat_interleave(counts - 1), drafts == logprobs[draft_rows].argmax(-1), accepted)
 
@@ -60,12 +57,7 @@ def verify(
     refused = (kept < counts - 1).nonzero()[:, 0]
     if len(refused):
         at = (ends - counts - torch.arange(size) + kept)[refused]  # the refused drafts' places among all
-        if draft_probs is None:
-            left[refused, drafts[at]] = 0.0
-        else:
-            rest = (left[refused] - draft_probs[at]).clamp_(min=0.0)
-            # Where p and q agree to the last bit nothing is left, and nothing is refused but by rounding.
-            left[refused] = torch.where(rest.sum(1, keepdim=True) > 0, rest, left[refused])
+        left[refused, drafts[at]] = 0.0
     drawn = (left / noise).argmax(-1)
     if greedy is not None:
         drawn = torch.where(greedy, here.argmax(-1), drawn)
@@ -73,7 +65,7 @@ def verify(
     return tokens.masked_fill_(steps > kept[:, None], REJECTED), rows
 
 
-def forward(sampler: Any, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling: Any) -> Any:
+def forward(metadata: Any, logits: Tensor, sampling: Any) -> Any:
     """vLLM's `RejectionSampler.forward` for the requests that `plain` names."""
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
@@ -92,7 +84,10 @@ def forward(sampler: Any, metadata: Any, draft_probs: Tensor | None, logits: Ten
         logits = apply_top_k_top_p(logits / temperature[:, None], top_k, top_p)
     logprobs = logits.log_softmax(-1)
     uniform, noise = randomness(metadata.num_draft_tokens, logprobs.shape[1], sampling.generators)
-    tokens, rows = verify(logprobs, metadata.draft_token_ids, draft_probs, counts, greedy, uniform, noise)
+    tokens, rows = verify(logprobs, metadata.draft_token_ids, counts, greedy, uniform, noise)
+    for row, generator in sampling.generators.items():
+        if metadata.num_draft_tokens[row] == 0 and (greedy is None or not bool(greedy[row])):
+            tokens[row, 0] = undrafted(logits[rows[row, :1]], generator)
     tensors = None
     if sampling.max_num_logprobs is not None:
         flat, there = tokens.clamp(min=0).flatten(), logprobs[rows.flatten()]
@@ -102,14 +97,23 @@ def forward(sampler: Any, metadata: Any, draft_probs: Tensor | None, logits: Ten
 
 
 def randomness(num_drafts: list[int], vocab: int, generators: dict[int, torch.Generator]) -> tuple[Tensor, Tensor]:
-    """(uniform [sum(num_drafts)], exponential [B, vocab]); rows of sequences with a generator of their own come from it."""
+    """(uniform [sum(num_drafts)], exponential [B, vocab]); rows of drafted sequences with a generator of their own come from it."""
     uniform = torch.rand(sum(num_drafts), dtype=torch.float64)
     noise = torch.empty(len(num_drafts), vocab).exponential_()
     for row, generator in generators.items():
+        if not num_drafts[row]:
+            continue
         start = sum(num_drafts[:row])
         uniform[start : start + num_drafts[row]].uniform_(generator=generator)
         noise[row].exponential_(generator=generator)
     return uniform, noise
+
+
+def undrafted(logits: Tensor, generator: torch.Generator) -> int:
+    """A token [1, V] of a sequence with its own generator and no drafts, by the dice that vLLM's plain sampler takes on CPU. Whether that
+    one is called depends on the others of the batch, and what a seed gives must not."""
+    seed = torch.randint(0, 2**31, (1,), generator=generator)
+    return int(torch.ops._C.fused_gumbel_argmax(logits, seed)[0])
 
 
 def plain(sampler: Any, sampling: Any) -> bool:
@@ -153,8 +157,8 @@ def install() -> None:
     stock = RejectionSampler.forward
 
     def forward_or_leave(self: Any, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any) -> Any:
-        if plain(self, sampling_metadata):
-            return forward(self, metadata, draft_probs, logits, sampling_metadata)
+        if draft_probs is None and plain(self, sampling_metadata):
+            return forward(metadata, logits, sampling_metadata)
         return stock(self, metadata, draft_probs, logits, sampling_metadata)
 
     RejectionSampler.forward = forward_or_leave

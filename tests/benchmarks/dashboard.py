@@ -1,14 +1,12 @@
-"""How long the dashboard takes on a store of a million rollouts: `python -m tests.benchmarks.dashboard`.
+"""How long the dashboard takes on a store of a million rollouts, of 64 a step and four environments.
 
-The store has 64 rollouts a step and the metrics of four environments. Each answer is asked of a server that has just started, and
-again; the curve view is also opened in a browser, from the link to the last chart.
+QUESTION_first_s, QUESTION_then_s   seconds until a server that has just started has answered, and until it has answered again
+curve_view_first_s, curve_view_then_s   of the curve view in a browser, from the link to the last chart; where Chromium is installed
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ import httpx
 from infra.dashboard.serving import serving
 from tests.unit.dashboards import LARGE_RUN, environment_names, large_run
 
+ROLLOUTS, ENVIRONMENTS = 1_000_000, 4
 METRICS = 30
 """Of each environment and step, as docs/metrics.md lists them."""
 
@@ -29,12 +28,12 @@ def questions(envs: list[str]) -> dict[str, str]:
     names = "&".join(f"name=env/{env}/reward" for env in envs)
     return {
         "summary": home,
-        "reward curves": f"{home}/series?{names}&smooth=9&points=400",
-        "band over groups": f"{home}/band?" + "&".join(f"env={env}" for env in envs),
-        "newest 50 rollouts": f"{home}/rollouts",
-        "one environment, page 200": f"{home}/rollouts?env={envs[0]}&offset=10000",
-        "one rollout": f"{home}/rollout?id=g000003-1",
-        "text in every rollout": f"{home}/rollouts?text=needle",
+        "reward_curves": f"{home}/series?{names}&smooth=9&points=400",
+        "band": f"{home}/band?" + "&".join(f"env={env}" for env in envs),
+        "newest_50_rollouts": f"{home}/rollouts",
+        "page_200": f"{home}/rollouts?env={envs[0]}&offset=10000",
+        "one_rollout": f"{home}/rollout?id=g000003-1",
+        "text": f"{home}/rollouts?text=needle",
         "timeline": f"{home}/timeline",
     }
 
@@ -55,31 +54,24 @@ def browse(address: str, envs: int) -> float:
     return seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rollouts", type=int, default=1_000_000)
-    parser.add_argument("--environments", type=int, default=4)
-    args = parser.parse_args()
+def bench() -> dict[str, list[float]]:
+    figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        runs_dir, envs = Path(folder), environment_names(args.environments)
-        run = large_run(
-            runs_dir, environments=args.environments, steps=args.rollouts // 64, rollouts=args.rollouts, metrics_per_environment=METRICS
-        )
-        print(f"{args.rollouts:,} rollouts, {args.rollouts // 64:,} steps, {(run / 'events.jsonl').stat().st_size / 1e6:.0f} MB of events")
+        runs_dir, envs = Path(folder), environment_names(ENVIRONMENTS)
+        sizes = {"steps": ROLLOUTS // 64, "rollouts": ROLLOUTS, "metrics_per_environment": METRICS}
+        large_run(runs_dir, environments=ENVIRONMENTS, **sizes)
         for what, path in questions(envs).items():
             with serving(runs_dir) as address:
-                seconds = []
-                for _ in range(4):
-                    began = time.perf_counter()
-                    httpx.get(address + path, timeout=120).raise_for_status()
-                    seconds.append(time.perf_counter() - began)
-            print(f"{what:<28} first {seconds[0]:6.2f} s   then {statistics.median(seconds[1:]):6.3f} s")
+                seconds = [ask(address + path) for _ in range(4)]
+            figures |= {f"{what}_first_s": seconds[:1], f"{what}_then_s": seconds[1:]}
         if shutil.which("chromium"):
             with serving(runs_dir) as address:
-                print(
-                    f"{'curve view in a browser':<28} first {browse(address, len(envs)):6.2f} s   then {browse(address, len(envs)):6.3f} s"
-                )
+                seconds = [browse(address, len(envs)) for _ in range(4)]
+            figures |= {"curve_view_first_s": seconds[:1], "curve_view_then_s": seconds[1:]}
+    return figures
 
 
-if __name__ == "__main__":
-    main()
+def ask(url: str) -> float:
+    began = time.perf_counter()
+    httpx.get(url, timeout=120).raise_for_status()
+    return time.perf_counter() - began

@@ -1,7 +1,7 @@
 """A run that samples and trains 32k-token prompts beside short ones, and what it takes: configs/long-context-32k.yaml, about seven minutes.
 
 peak_gib                  proportional memory (PSS) of all processes of the run together, the most that was seen in one look a second
-peak_gib_learner|engine   of it, the learner's and the engine's, each at its own peak
+peak_gib_learner|engine|worker   of it, those of the learner, the engine and the rollout worker around it, each at its own peak
 seconds                   from the command to its end
 trained_groups_ENV        groups that trained
 prompt_tokens_ENV         mean length of a conversation without what was sampled
@@ -23,7 +23,7 @@ from rl_core.run_store import RunStore
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/long-context-32k.yaml"
-PROCESSES = {"learner": "ray::LearnerRank", "engine": "VLLM::EngineCore"}
+PROCESSES = {"learner": "ray::LearnerRank", "engine": "VLLM::EngineCore", "worker": "ray::RolloutWorker"}
 
 
 def bench(*overrides: str) -> dict[str, list[float]]:

@@ -202,6 +202,28 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(served: Ser
     assert first.token_ids.tolist() != other.token_ids.tolist()
 
 
+def test_a_seed_gives_the_same_tokens_whoever_runs_beside_it(served: Served) -> None:
+    """Its first token has no drafts: alone it is drawn by vLLM's plain sampler, beside others by ours."""
+    (prompt,), others = prompts(1, seed=4), prompts(8, seed=13)
+    seeded = SamplingParams(max_tokens=40, seed=11)
+
+    async def beside() -> Completion:
+        work = [
+            asyncio.create_task(served.engine.sample(p, SamplingParams(max_tokens=400), request_id=f"beside-{i}"))
+            for i, p in enumerate(others)
+        ]
+        await served.engine.sample(others[0], SamplingParams(max_tokens=8), request_id="begun")  # by then all draft
+        done = await served.engine.sample(prompt, seeded, request_id="seeded")
+        assert any(not w.done() for w in work), "they ended before"
+        for w in work:
+            w.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+        return done
+
+    alone = served.run(served.engine.sample(prompt, seeded, request_id="alone"))
+    assert served.run(beside()).token_ids.tolist() == alone.token_ids.tolist()
+
+
 def test_logprobs_stay_true_up_to_the_longest_sequence(served: Served) -> None:
     """Upstream once gave wrong ones near the length limit with MTP (vllm#38711)."""
     limit = ROLLOUT.max_model_len

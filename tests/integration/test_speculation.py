@@ -67,7 +67,7 @@ def test_logprobs_are_the_policys_while_k_changes(sampled: Sampled) -> None:
         assert np.abs(truth[np.arange(len(c.token_ids)), c.token_ids] - c.logprobs).max() < 1e-3
 
 
-def test_every_number_was_tried_and_the_counts_by_position_add_up(sampled: Sampled) -> None:
+def test_no_drafts_and_the_most_were_tried_and_the_counts_by_position_add_up(sampled: Sampled) -> None:
     everything = [*sampled.drawn, *sampled.likeliest]
     assert max(len(c.positions) for c in everything) == MOST
     undrafted = [c.engine_steps - (c.positions[0][0] if c.positions else 0) for c in everything]
@@ -90,7 +90,7 @@ def first_drafts(model: PolicyModel, c: Completion) -> NDArray[np.int64]:
 def test_first_drafts_are_those_of_the_learners_head(sampled: Sampled) -> None:
     """At temperature 0 no more first drafts are accepted than the head is right, and of those that it dares no smaller share.
 
-    Keys and values of the head's attention that were skipped while k was 0, or belong to rejected drafts, would show here.
+    Keys and values of the head's attention that were computed while k was 0, or belong to rejected drafts, would show here.
     """
     model, shares, rights = PolicyModel.from_pretrained(SEED_MODEL), [], []
     for c in sampled.likeliest:

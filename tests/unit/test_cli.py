@@ -13,6 +13,7 @@ import pytest
 
 from environments.sandbox import SandboxUnavailable
 from infra import bench, preflight
+from infra.bench import find_benchmarks
 from infra.cli.main import main
 from rl_core.events import Event
 from rl_core.ledger import Ledger
@@ -21,6 +22,7 @@ from rl_core.types import Task
 from tests.unit.stored_runs import score, store_run
 
 Call = Callable[..., tuple[int, str, str]]
+BENCHMARKS = find_benchmarks()
 
 
 @pytest.fixture
@@ -253,6 +255,11 @@ def test_a_benchmark_reports_median_and_range(tmp_path: Path) -> None:
     assert result["bench"] == "tiny"
     assert result["figures"] == {"seconds": {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}}
     assert result["machine"]["cores"] >= 1
+
+
+def test_every_benchmark_that_is_listed_can_be_run() -> None:
+    assert len(BENCHMARKS) > 5
+    assert [p.name for p in BENCHMARKS.values() if "\ndef bench(" not in p.read_text(encoding="utf-8")] == []
 
 
 def test_an_unknown_benchmark_is_wrong_usage(polyrl: Call) -> None:

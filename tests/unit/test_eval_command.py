@@ -4,44 +4,33 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import infra.evaluating as evaluating
 from infra.cli.evals import at_budget, configured, parse_budgets
-from infra.cli.main import main
 from infra.errors import UsageError
 from infra.eval_report import draw, tables, to_csv
-from infra.evaluating import Plan, Row, held_out, settings
+from infra.evaluating import Plan, Row, settings
+from infra.launch import task_source
 from rl_core.config import RunConfig
 from rl_core.evaluation import normal, score
 from rl_core.run_store import create_run_dir
 from tests.unit.fakes import group_result
+from tests.unit.test_cli import Call, polyrl  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 SEED_MODEL, QUICKSTART = ROOT / "configs" / "models" / "seed", ROOT / "configs" / "quickstart.yaml"
 SMALL = [str(QUICKSTART), "environments.math.options.digits=2"]
 
-Call = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def polyrl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["polyrl", "eval", *args])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+def evaluate(polyrl: Call) -> Call:  # noqa: F811
+    return partial(polyrl, "eval")
 
 
 def rows(masked: bool = False) -> list[Row]:
@@ -82,10 +71,10 @@ def test_budgets_are_read_in_order_and_nonsense_is_refused() -> None:
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_nothing_starts(
-    polyrl: Call, monkeypatch: pytest.MonkeyPatch, args: list[str], said: str
+    evaluate: Call, monkeypatch: pytest.MonkeyPatch, args: list[str], said: str
 ) -> None:
     monkeypatch.setattr(evaluating, "run", lambda *_: pytest.fail("it was started"))
-    code, out, err = polyrl(*args)
+    code, out, err = evaluate(*args)
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
@@ -114,12 +103,12 @@ def test_without_budgets_each_environment_has_its_own_and_with_them_all_have_the
     assert settings(config, Plan(budgets=[0, None], tasks=1, samples=1)) == [{"math": 0, "tools": 0}, {"math": None, "tools": None}]
     assert {e.thinking_budget for e in at_budget(config, 3).environments.values()} == {3}
     assert config.environments["math"].thinking_budget == 7
-    first, again = (next(held_out(config, "math")) for _ in range(2))
+    first, again = (next(task_source(config, "math", "eval", config.eval.seed)) for _ in range(2))
     assert first == again
     assert first.split == "eval"
 
 
-def test_the_command_prints_tables_and_writes_files(polyrl: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_command_prints_tables_and_writes_files(evaluate: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[tuple[RunConfig, Plan]] = []
 
     def run(config: RunConfig, plan: Plan, progress: Callable[[int | None, int, int], None]) -> list[Row]:
@@ -130,7 +119,7 @@ def test_the_command_prints_tables_and_writes_files(polyrl: Call, monkeypatch: p
 
     monkeypatch.setattr(evaluating, "run", run)
     args = [str(SEED_MODEL), *SMALL, "--env", "math", "--tasks", "4", "--samples", "4", "--budgets", "0,64,none"]
-    code, out, err = polyrl(*args, "--out", str(tmp_path / "new"))
+    code, out, err = evaluate(*args, "--out", str(tmp_path / "new"))
     assert code == 0
     assert "8/8 groups at a thinking budget of 64" in err
     assert asked[0][1] == Plan(budgets=[0, 64, None], tasks=4, samples=4)
@@ -139,15 +128,15 @@ def test_the_command_prints_tables_and_writes_files(polyrl: Call, monkeypatch: p
     assert "math by difficulty" in out
     assert (tmp_path / "new" / "budgets.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "new" / "scores.csv").read_text().splitlines()) == 1 + len(rows())
-    code, out, _ = polyrl(*args, "--json")
+    code, out, _ = evaluate(*args, "--json")
     report = json.loads(out)
     assert (code, report["seed"], [row["budget"] for row in report["rows"]][::2]) == (0, 1234, [0, 64, None])
     assert json.loads((tmp_path / "new" / "scores.json").read_text())["rows"] == report["rows"]
 
 
-def test_an_environment_whose_rollouts_were_all_lost_is_a_failure(polyrl: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_whose_rollouts_were_all_lost_is_a_failure(evaluate: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluating, "run", lambda *_: rows(masked=True))
-    code, _, err = polyrl(str(SEED_MODEL), *SMALL, "--env", "math", "--budgets", "0,64,none")
+    code, _, err = evaluate(str(SEED_MODEL), *SMALL, "--env", "math", "--budgets", "0,64,none")
     assert code == 1
     assert "no rollout of code counts" in err
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ turns = st.builds(Turn, content=st.text(), thought=st.text(), tool_calls=st.list
 
 @given(turns)
 def test_a_turn_arrives_as_it_was_said(turn: Turn) -> None:
-    assert Turn.from_dict(json.loads(json.dumps(line_module._turn(turn)))) == turn
+    assert Turn.from_dict(json.loads(json.dumps(asdict(turn)))) == turn
 
 
 @given(st.text(), st.none() | st.just(DONE))

@@ -14,7 +14,7 @@ import pytest
 from infra.launch import Fan
 from infra.trackers import Background, open_trackers
 from infra.trackers import background as background_module
-from infra.trackers.background import PACKAGES, check_trackers
+from infra.trackers.background import TRACKERS, check_trackers
 from infra.trackers.figures import figures
 from infra.trackers.ray_metrics import COUNTERS, HISTOGRAMS, exported, series
 from rl_core.config import ConfigError, EnvironmentConfig, RunConfig, TrackersConfig
@@ -185,7 +185,7 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_anything_s
         validate(config(tmp_path, use=["tensorbored"]))
     with pytest.raises(ConfigError, match="wandb_mode"):
         validate(config(tmp_path, wandb_mode="sometimes"))
-    monkeypatch.setitem(PACKAGES, "wandb", "no_such_package")
+    monkeypatch.setitem(TRACKERS, "wandb", (*TRACKERS["wandb"][:2], "no_such_package"))
     with pytest.raises(ConfigError, match=r"pip install 'polyrl\[trackers\]'"):
         check_trackers(config(tmp_path, use=["wandb"]))
 
