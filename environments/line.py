@@ -1,12 +1,11 @@
 """A line to an environment host on the same machine: a call over it takes a fraction of what it takes through Ray.
 
-    worker --[length, JSON: number, session, turn or null]--> host --(HostActor.step or truncate)
-           <--[length, JSON: number, transition, error]------
+    worker --[length, JSON: number, method, session, arguments]--> host --(HostActor.open, step, truncate, close)
+           <--[length, JSON: number, answer, error]--------------
 
-Ray starts, watches and ends hosts, and opens and closes sessions, in that order whatever happens; what an episode does again and again
-goes over the line. It is a socket without a file (Linux, abstract namespace), which only processes of the same user and network
-namespace reach: a program in a sandbox has neither. JSON and not pickle, so that nothing that a policy or an environment says can
-become more than data on the other side.
+Ray starts, watches and ends hosts; what episodes ask of them goes over the line. It is a socket without a file (Linux, abstract
+namespace), which only processes of the same user and network namespace reach: a program in a sandbox has neither. JSON and not
+pickle, so that nothing that a policy or an environment says can become more than data on the other side.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ import socket
 import struct
 import sys
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from itertools import count
 from typing import Any, Protocol, cast
 
-from environments.host import describe, failed
+from environments.host import EnvironmentBug, EnvironmentFailure, TaskUnusable, describe, failed
 from rl_core.seams import Observation, Transition
-from rl_core.types import Message, Status, Turn, Verdict
+from rl_core.types import Message, Status, Task, Turn, Verdict
 
 MAX_FRAME = 64 << 20
 """Bytes of one call or answer; an environment that shows more in one step is broken."""
@@ -41,8 +40,22 @@ class LineLost(ConnectionError):
 class Callee(Protocol):
     """What a line leads to: a HostActor."""
 
+    async def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation: ...
     async def step(self, session_id: str, turn: Turn) -> Transition: ...
     async def truncate(self, session_id: str) -> Transition: ...
+    async def close(self, session_id: str) -> None: ...
+
+
+METHODS: dict[str, Callable[..., Awaitable[Any]]] = {
+    "open": lambda host, session, env_id, options, task: host.open(session, env_id, options, Task(**task)),
+    "step": lambda host, session, turn: host.step(session, Turn.from_dict(turn)),
+    "truncate": lambda host, session: host.truncate(session),
+    "close": lambda host, session: host.close(session),
+}
+"""What may be called, with its arguments as JSON has them."""
+
+FAILURES: dict[str, type[EnvironmentFailure]] = {kind.__name__: kind for kind in (EnvironmentFailure, EnvironmentBug, TaskUnusable)}
+"""What `open` may raise, which its caller must tell apart."""
 
 
 # --- frames ---------------------------------------------------------------------------------------------------------------
@@ -110,12 +123,13 @@ class _HostEnd(_Frames):
         task.add_done_callback(self._serving.discard)
 
     async def _serve(self, frame: bytes) -> None:
-        number, session, turn = json.loads(frame)
+        number, method, session, arguments = json.loads(frame)
         try:
-            call = self._callee.truncate(session) if turn is None else self._callee.step(session, Turn.from_dict(turn))
-            answer = encode(number, await call)
+            answer = encode(number, await METHODS[method](self._callee, session, *arguments))
+        except EnvironmentFailure as error:
+            answer = _error(number, type(error).__name__, str(error))
         except Exception as error:  # noqa: BLE001 (the caller's to know)
-            answer = json.dumps([number, None, describe(error)]).encode()
+            answer = _error(number, "", describe(error))
         if not self._transport.is_closing():
             self.send(answer)
 
@@ -130,7 +144,7 @@ class Line(_Frames):
         super().__init__()
         self.lost = False
         self._numbers = count()
-        self._waiting: dict[int, asyncio.Future[Transition]] = {}
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
 
     @staticmethod
     async def connect(address: str) -> Line:
@@ -138,17 +152,20 @@ class Line(_Frames):
         _, line = await asyncio.get_running_loop().create_unix_connection(Line, path=f"\0{address}")
         return line
 
-    def call(self, session: str, turn: Turn | None) -> asyncio.Future[Transition]:
-        """Step with a turn, truncate with None. It is sent now; the future has its answer, or LineLost, or RuntimeError with what the
-        host raised. Raises ValueError for a turn beyond MAX_FRAME."""
-        answer: asyncio.Future[Transition] = asyncio.get_running_loop().create_future()
+    def call(self, method: str, session: str, *arguments: Any) -> asyncio.Future[Any]:
+        """One of METHODS; arguments are JSON values, tasks and turns. It is sent now.
+
+        The future has its answer, or LineLost, or one of FAILURES, or RuntimeError with what the host raised. Raises ValueError for a
+        call beyond MAX_FRAME.
+        """
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self.lost:
             answer.set_exception(LineLost("the environment host has ended"))
             return answer
         number = next(self._numbers)
-        frame = json.dumps([number, session, None if turn is None else asdict(turn)]).encode()
+        frame = json.dumps([number, method, session, arguments], default=_plain).encode()
         if len(frame) > MAX_FRAME:
-            raise ValueError(f"a turn of {len(frame) / 2**20:.0f} MiB, more than {MAX_FRAME >> 20}: no environment takes that")
+            raise ValueError(f"a turn or task of {len(frame) / 2**20:.0f} MiB, more than {MAX_FRAME >> 20}: no environment takes that")
         self._waiting[number] = answer
         answer.add_done_callback(lambda _: self._waiting.pop(number, None))  # also when nobody waits any more
         self.send(frame)
@@ -158,13 +175,14 @@ class Line(_Frames):
         self._transport.abort()
 
     def frame_received(self, frame: bytes) -> None:
-        number, transition, error = json.loads(frame)
+        number, value, error = json.loads(frame)
         if (answer := self._waiting.get(number)) is None or answer.done():
             return
-        if error:
-            answer.set_exception(RuntimeError(f"the environment host failed: {error}"))
+        if error is None:
+            answer.set_result(_read(value))
         else:
-            answer.set_result(_read(transition))
+            kind, text = error
+            answer.set_exception(FAILURES[kind](text) if kind in FAILURES else RuntimeError(f"the environment host failed: {text}"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
@@ -176,40 +194,53 @@ class Line(_Frames):
 # --- what travels ---------------------------------------------------------------------------------------------------------
 
 
-def encode(number: int, transition: Transition) -> bytes:
-    """An answer. A transition that is no data, or too much of it, is its environment's fault, and becomes such a verdict."""
+def encode(number: int, answer: Observation | Transition | None) -> bytes:
+    """An answer. One that is no data, or too much of it, is its environment's fault: a step then ends with such a verdict."""
     try:
-        frame = json.dumps([number, _written(transition), ""], default=_plain).encode()
+        frame = json.dumps([number, _written(answer), None], default=_plain).encode()
         if len(frame) <= MAX_FRAME:
             return frame
         problem = f"its answer takes {len(frame) / 2**20:.0f} MiB, more than {MAX_FRAME >> 20}"
     except (TypeError, ValueError, RecursionError) as error:
         problem = f"its answer is no JSON: {describe(error)}"
-    return json.dumps([number, _written(failed(Status.ENV_ERROR, problem)), ""]).encode()
+    if isinstance(answer, Transition):
+        return json.dumps([number, _written(failed(Status.ENV_ERROR, problem)), None], default=_plain).encode()
+    return _error(number, EnvironmentBug.__name__, problem)
 
 
-def _written(transition: Transition) -> dict[str, Any]:
-    return {
-        "messages": [[m.role, m.content] for m in transition.observation.messages],
-        "tools": list(transition.observation.tools),
-        "terminated": transition.terminated,
-        "truncated": transition.truncated,
-        "verdict": None if transition.verdict is None else asdict(transition.verdict),
-    }
+def _error(number: int, kind: str, text: str) -> bytes:
+    return json.dumps([number, None, [kind, text]]).encode()
 
 
-def _read(data: dict[str, Any]) -> Transition:
-    messages = tuple(Message(role=role, content=content) for role, content in data["messages"])
+def _written(answer: Observation | Transition | None) -> list[Any] | None:
+    """[messages, tools], and of a transition [terminated, truncated, verdict] behind."""
+    if answer is None:
+        return None
+    if isinstance(answer, Observation):
+        return [[[m.role, m.content] for m in answer.messages], answer.tools]
+    return [*cast(list[Any], _written(answer.observation)), answer.terminated, answer.truncated, answer.verdict]
+
+
+def _read(data: list[Any] | None) -> Observation | Transition | None:
+    if data is None:
+        return None
+    messages, tools, *rest = data
+    observation = Observation(messages=tuple(Message(role=role, content=content) for role, content in messages), tools=tuple(tools))
+    if not rest:
+        return observation
+    terminated, truncated, verdict = rest
     return Transition(
-        observation=Observation(messages=messages, tools=tuple(data["tools"])),
-        terminated=data["terminated"],
-        truncated=data["truncated"],
-        verdict=None if data["verdict"] is None else Verdict.from_dict(data["verdict"]),
+        observation=observation,
+        terminated=terminated,
+        truncated=truncated,
+        verdict=None if verdict is None else Verdict.from_dict(verdict),
     )
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers, which environments like to return."""
+    """Our dataclasses, and NumPy's numbers, which environments like to return."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"a {type(value).__name__}")

@@ -1,16 +1,18 @@
 """Drafts: rollouts that are under way, and finished ones of groups that are not, kept where the death of their worker does not reach.
 
-    turn 0 --> turn 1 --> some tokens of turn 2 --> more of them --> turn 2 --> end (the verdict)        appended as they happen
+    turn 0 --> turn 1 --> some tokens of turn 2 --> more of them --> turn 2 --> end (the verdict)        flushed twice a second
 
-Each worker writes a file of its own, anew in each of its lives. Whoever takes up a group reads all files, and of each rollout the
-draft that was written last. The tokens keep the versions and logprobs under which they were sampled. Files are not forced to
-disk: a power cut may take drafts, and then rollouts start again; what a run cannot lose is in the journal.
+A group that ends between two flushes is never written. Each worker writes a file of its own, anew in each of its lives. Whoever takes up
+a group reads all files, and of each rollout the draft that was written last. The tokens keep the versions and logprobs under which they
+were sampled. Files are not forced to disk: a power cut may take drafts, and then rollouts start again; what a run cannot lose is in the
+journal.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,35 +52,78 @@ class Draft:
         return min((s.version for c in self.completions for s in c.spans), default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Some of a turn, or all."""
+
+    index: int
+    turn: int
+    part: Completion
+    known: int
+    start: int
+
+    def head(self) -> dict[str, Any]:
+        return {"turn": self.turn, "start": self.start, "known": self.known}
+
+    def row(self) -> Completion:
+        return replace(self.part, prompt_ids=self.part.prompt_ids[:0] if self.start else self.part.prompt_ids[self.known :])
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """A verdict."""
+
+    index: int
+    rollout: Rollout
+
+    def head(self) -> dict[str, Any]:
+        end = rollout_header(self.rollout) | {"task": [self.rollout.env, self.rollout.task_key]}
+        return {"index": self.index, "turns": len(self.rollout.completions), "end": end}
+
+
 class DraftFile:
-    """The writer: one worker in one of its lives."""
+    """The writer: one worker in one of its lives. What is added is on its way to the disk with the next flush()."""
 
     def __init__(self, folder: Path, worker: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._worker = folder, worker
+        self._waiting: dict[str, list[_Turn | _End]] = defaultdict(list)  # by group
         self._open()
 
     def add(self, group_id: str, index: int, turn: int, part: Completion, *, known: int = 0, start: int = 0) -> None:
         """Tokens of a turn: all, or those from `start` on. The first `known` ids of its prompt are those of the turns before."""
-        rest = part.prompt_ids[:0] if start else part.prompt_ids[known:]
-        self._write({"group": group_id, "turn": turn, "start": start, "known": known}, [(index, replace(part, prompt_ids=rest))])
+        self._waiting[group_id].append(_Turn(index, turn, part, known, start))
 
     def end(self, group_id: str, index: int, rollout: Rollout) -> None:
         """The rollout has its verdict; its turns have been added."""
-        end = rollout_header(rollout) | {"task": [rollout.env, rollout.task_key]}
-        self._write({"group": group_id, "index": index, "turns": len(rollout.completions), "end": end}, [])
+        self._waiting[group_id].append(_End(index, rollout))
 
-    def close(self) -> None:
-        self._writer.close()
-        self._file.close()
+    def forget(self, group_id: str) -> None:
+        """The group is whole and handed on: what of it is not written yet need not be."""
+        self._waiting.pop(group_id, None)
 
-    def _write(self, head: dict[str, Any], rows: Sequence[tuple[int, Completion]]) -> None:
-        batch, text = completion_batch(rows), json.dumps(head | {"at": time.time()})
+    def flush(self) -> None:
+        """One record with all that waits."""
+        if not self._waiting:
+            return
+        heads: list[dict[str, Any]] = []
+        rows: list[tuple[int, Completion]] = []
+        for group_id, entries in self._waiting.items():
+            for entry in entries:
+                heads.append({"group": group_id, **entry.head()})
+                if isinstance(entry, _Turn):
+                    rows.append((entry.index, entry.row()))
+        self._waiting.clear()
+        batch, text = completion_batch(rows), json.dumps({"at": time.time(), "heads": heads})
         self._writer.write_batch(batch, custom_metadata={"draft": text, "checksum": str(checksum(batch, text.encode()))})
         self._file.flush()
         if self._file.tell() > SEGMENT_BYTES:
             self.close()
             self._open()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._file.close()
 
     def _open(self) -> None:
         last = max((number(path) for path in self._folder.glob(f"{self._worker}.*.arrow")), default=-1)
@@ -100,24 +145,30 @@ def read_drafts(folder: Path, groups: Collection[str]) -> dict[str, Drafts]:
 def read_worker(paths: Sequence[Path], groups: Collection[str]) -> dict[tuple[str, int], Draft]:
     """The drafts in one worker's files, oldest first, each folded from its records."""
     drafts: dict[tuple[str, int], Draft] = {}
-    for head, batch in (record for path in paths for record in heads(path)):
+    for at, head, row in (record for path in paths for record in records(path)):
         if head["group"] not in groups:
             continue
-        for index, completion in batch_completions(batch):
-            key = head["group"], index
-            before = drafts[key].completions if key in drafts and drafts[key].end is None else ()
-            if (turns := folded(before, completion, head["turn"], head["start"], head["known"])) is not None:
-                drafts[key] = Draft(completions=turns, at=head["at"])
-            else:
-                drafts.pop(key, None)
-        if "end" in head and (draft := drafts.get((head["group"], head["index"]))) is not None and len(draft.completions) == head["turns"]:
-            drafts[head["group"], head["index"]] = replace(draft, end=head["end"], at=head["at"])
+        if row is None:
+            key = head["group"], head["index"]
+            if (draft := drafts.get(key)) is not None and len(draft.completions) == head["turns"]:
+                drafts[key] = replace(draft, end=head["end"], at=at)
+            continue
+        index, completion = row
+        key = head["group"], index
+        before = drafts[key].completions if key in drafts and drafts[key].end is None else ()
+        if (turns := folded(before, completion, head["turn"], head["start"], head["known"])) is not None:
+            drafts[key] = Draft(completions=turns, at=at)
+        else:
+            drafts.pop(key, None)
     return drafts
 
 
-def heads(path: Path) -> Iterator[tuple[dict[str, Any], pa.RecordBatch]]:
+def records(path: Path) -> Iterator[tuple[float, dict[str, Any], tuple[int, Completion] | None]]:
+    """(when, head, (rollout, tokens) of a turn or None of an end), in the order in which they happened."""
     for metadata, batch in record_batches(path):
-        yield json.loads(metadata["draft"]), batch
+        written, rows = json.loads(metadata["draft"]), batch_completions(batch)
+        for head in written["heads"]:
+            yield written["at"], head, None if "end" in head else next(rows)
 
 
 def folded(before: tuple[Completion, ...], part: Completion, turn: int, start: int, known: int) -> tuple[Completion, ...] | None:
@@ -140,7 +191,7 @@ def prune(folder: Path, keep: Collection[str]) -> None:
     for path in sorted(folder.glob("*.arrow"), key=number):
         newest[path.name.split(".")[0]] = path
     for path in set(folder.glob("*.arrow")) - set(newest.values()):
-        if not any(head["group"] in keep for head, _ in heads(path)):
+        if not any(head["group"] in keep for _, head, _ in records(path)):
             path.unlink(missing_ok=True)
 
 

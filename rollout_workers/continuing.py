@@ -23,8 +23,8 @@ from rl_core.seams import Sampler
 from rl_core.thinking import MAX_CLOSED, THOUGHT_FULL
 from rl_core.types import Completion, SamplingParams, VersionSpan
 
-SNAPSHOT_S = 1.0
-"""Seconds between two looks at the turns under way."""
+SNAPSHOT_S = 0.5
+"""Seconds between two looks at the turns under way, and between two records of the draft file."""
 SNAPSHOT_TOKENS = 16
 """New tokens of a turn below which a look writes nothing: they are sampled again faster than they are read."""
 

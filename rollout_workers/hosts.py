@@ -2,8 +2,8 @@
 
     call --[LOOK_S without an answer]--> does the host answer at all? --no--> SIGKILL; Ray starts it again
 
-Sessions are opened and closed through Ray, which waits for a host that starts again; their steps go over a line of our own where the
-host is on this machine (environments/line.py), and through Ray where it is not.
+Calls go over a line of our own where the host is on this machine (environments/line.py), and through Ray where it is not. Where a
+host has ended, Ray is asked for the line of its successor, and waits for it.
 
 A host bounds its calls by itself (environments/host_actor.py), as long as its event loop runs. It does not while an environment
 holds the interpreter's lock, or when the process is stopped: then nobody inside can help. A host that is killed takes its episodes along:
@@ -17,8 +17,9 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -101,24 +102,39 @@ class Hosts:
         name = f"{self._owner}/{next(self._number)}"
         return RemoteSession(hosts=self, host=host, id=name, env_id=env_id, options=options, task=task)
 
-    async def open(self, host: Any, *arguments: Any) -> Observation:
-        """Raises SessionFailed where the environment cannot be opened, and Ray's error where the host has died."""
-        shown: Observation = await self._through_ray(host, "open", *arguments)
-        return shown
+    async def open(self, host: Any, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
+        """Raises SessionFailed where the environment cannot be opened, and LineLost or Ray's error where the host dies again and again."""
+        try:
+            try:
+                return cast(Observation, await self._call(host, "open", session_id, env_id, options, task))
+            except LineLost:  # its successor can
+                return cast(Observation, await self._call(host, "open", session_id, env_id, options, task))
+        except EnvironmentBug as bug:
+            raise SessionFailed(str(bug), Status.ENV_ERROR) from bug
 
     async def advance(self, host: Any, session_id: str, turn: Turn | None) -> Transition:
         """Step with a turn, truncate with None. A host that dies meanwhile takes the episode along."""
+        call = ("truncate", session_id) if turn is None else ("step", session_id, turn)
+        try:
+            return cast(Transition, await self._call(host, *call))
+        except LineLost as lost:
+            return failed(Status.INFRA_ERROR, str(lost))
+
+    async def close(self, host: Any, session_id: str) -> None:
+        """A host that has died has no sessions left."""
+        line = self._lines.get(host)
+        if line is None or not line.lost:
+            with suppress(LineLost):
+                await self._call(host, "close", session_id)
+
+    async def _call(self, host: Any, method: str, *arguments: Any) -> Any:
         line = await self._line_to(host)
         if line is None:
-            call = ("truncate", session_id) if turn is None else ("step", session_id, turn)
-            transition: Transition = await self._through_ray(host, *call)
-            return transition
-        answer = line.call(session_id, turn)
+            return await self._through_ray(host, method, *arguments)
+        answer = line.call(method, *arguments)
         overdue = asyncio.get_running_loop().call_later(LOOK_S, self._overdue, host, answer)
         try:
             return await answer
-        except LineLost as lost:
-            return failed(Status.INFRA_ERROR, str(lost))
         finally:
             overdue.cancel()
 
@@ -146,11 +162,8 @@ class Hosts:
             while not (await asyncio.wait({answer}, timeout=LOOK_S))[0]:
                 await asyncio.shield(self._look_at(host))
             return answer.result()
-        except (EnvironmentBug, ray.exceptions.RayTaskError) as error:
-            cause = getattr(error, "cause", error)  # the text of Ray's own error is a traceback
-            if isinstance(cause, EnvironmentBug):
-                raise SessionFailed(str(cause), Status.ENV_ERROR) from error
-            raise cause from error
+        except ray.exceptions.RayTaskError as error:
+            raise getattr(error, "cause", error) from error  # the text of Ray's own error is a traceback
         finally:
             answer.cancel()
 
@@ -210,7 +223,7 @@ class RemoteSession:
         return await self.hosts.advance(self.host, self.id, None)
 
     async def close(self) -> None:
-        await self.host.close.remote(self.id)
+        await self.hosts.close(self.host, self.id)
 
 
 async def _answer(ref: Any) -> Any:

@@ -73,7 +73,7 @@ class RolloutWorker:
         """Load the checkpoint as version 0 and warm up."""
         self._engine = await Engine.start(name=self.name, stop_ids=self._chat.stop_ids, **self._start)
         if self._drafts is not None:
-            self._snapshots = asyncio.create_task(self._write_snapshots())
+            self._snapshots = asyncio.create_task(self._write_snapshots(self._drafts))
 
     async def run_group(self, job: Job) -> tuple[Group, GroupResult]:
         """G episodes of one task. The result's `ref` is filled in by the pool, which owns the group's object reference."""
@@ -86,6 +86,8 @@ class RolloutWorker:
         except* EngineError as several:
             raise several.exceptions[0] from None  # one cause, of a class that the pool knows
         group = Group(id=job.group_id, task=job.task, rollouts=tuple(r.result() for r in running))
+        if self._drafts is not None:
+            self._drafts.forget(job.group_id)
         if job.task.env in self._recipes:
             group = await reward_group(group, self._recipes[job.task.env])
         kept = sum(draft.rollout(job.task) is not None for draft in job.drafts.values())
@@ -147,13 +149,14 @@ class RolloutWorker:
             self._drafts.end(job.group_id, index, rollout)
         return rollout
 
-    async def _write_snapshots(self) -> None:
+    async def _write_snapshots(self, drafts: DraftFile) -> None:
         """The tokens of turns under way go to the draft file, every now and then."""
         while True:
             await asyncio.sleep(SNAPSHOT_S)
             waiting = {s.request_id: s for s in self._under_way if s.request_id}
             for request_id, part in self.engine.under_way({name: s.seen for name, s in waiting.items()}).items():
                 waiting[request_id].snapshot(part)
+            drafts.flush()
 
 
 def seeded(spec: EpisodeSpec, index: int) -> EpisodeSpec:

@@ -7,7 +7,7 @@ episode_over_raw           the lowest of the three, of each repetition
 tokens_per_s_<what>_<how>  generated tokens/s, `episodes` and `raw`
 
 Episodes run as in a run: `RolloutWorker.run_group`, environments in a host process, chat format, logprobs, policy versions, and drafts
-journalled once a second. Raw is `AsyncLLM.generate` of the same engine, right after them: the same prompts, each with as many tokens as
+journalled as in a run. Raw is `AsyncLLM.generate` of the same engine, right after them: the same prompts, each with as many tokens as
 the episode's turn had, the next turn of an episode asked for as soon as the one before is done. The engine has a process of its
 own, as ever; worker and environments share the other core. Without speculation, whose luck with drafts would differ from run to run.
 """

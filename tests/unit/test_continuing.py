@@ -53,7 +53,11 @@ def sampled(prompt: Sequence[int], text: str, version: int, start: int = 0) -> C
 
 async def play(engine: Mortal, session: Session, file: DraftFile | None, draft: Draft | None = None) -> Rollout:
     sampler = engine.sampler = Continuing(engine, file, "g", 0, draft)
-    return await run_episode(TASK, spec(max_total_tokens=400, max_tokens=60), sampler, session, Letters(), "g-0")
+    try:
+        return await run_episode(TASK, spec(max_total_tokens=400, max_tokens=60), sampler, session, Letters(), "g-0")
+    finally:
+        if file is not None:
+            file.flush()
 
 
 async def left_by(folder: Path, engine: Mortal) -> Draft:

@@ -78,13 +78,17 @@ def test_turns_and_the_tokens_of_one_under_way_come_back_number_for_number(tmp_p
     first, second = two_turns()
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, first)
+    file.flush()
     file.add("g", 0, 1, part(second, 0, 4), known=9)
+    file.flush()
     file.add("g", 0, 1, part(second, 4, 7), known=9, start=4)  # not closed: a killed process closes nothing
+    file.flush()
     draft = only(tmp_path)
     assert same(draft.completions[0], first)
     assert same(draft.completions[1], part(second, 0, 7))
     assert (draft.min_version, draft.end) == (4, None)
     file.add("g", 0, 1, second, known=9)
+    file.flush()
     assert same(only(tmp_path).completions[1], second)
 
 
@@ -95,8 +99,11 @@ def test_a_finished_rollout_comes_back_whole_with_its_verdict(tmp_path: Path) ->
     rollout = Rollout(id="g-0", env="math", task_key="k", completions=turns, messages=said, verdict=verdict, worker="w0", seconds=1.0)
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, turns[0])
+    file.flush()
     file.add("g", 0, 1, turns[1], known=9)
+    file.flush()
     file.end("g", 0, rollout)
+    file.flush()
     again = only(tmp_path).rollout(TASK)
     assert again is not None
     assert replace(again, completions=()) == replace(rollout, completions=())
@@ -104,13 +111,47 @@ def test_a_finished_rollout_comes_back_whole_with_its_verdict(tmp_path: Path) ->
     assert only(tmp_path).rollout(replace(TASK, key="another")) is None
 
 
+def test_one_record_holds_all_that_happened_since_the_last(tmp_path: Path) -> None:
+    first, second = two_turns()
+    done = Rollout(id="g-0", env="math", task_key="k", completions=(first,), messages=(), verdict=Verdict(status=Status.OK, reward=1.0))
+    file = DraftFile(tmp_path, "w0")
+    file.add("g", 0, 0, first)
+    file.add("h", 3, 0, first)
+    file.end("g", 0, done)
+    file.add("h", 3, 1, second, known=9)
+    file.add("g", 1, 0, completion([1, 2, 3], 3, 6))
+    assert read_drafts(tmp_path, ["g", "h"]) == {}, "nothing is written before the flush"
+    file.flush()
+    file.flush()  # nothing more
+    again = only(tmp_path).rollout(TASK)
+    assert again is not None
+    assert again.verdict == done.verdict
+    assert only(tmp_path, index=1).end is None
+    assert all(same(a, b) for a, b in zip(only(tmp_path, "h", 3).completions, (first, second), strict=True))
+    (path,) = tmp_path.glob("*.arrow")
+    assert len(list(module.record_batches(path))) == 1
+
+
+def test_a_group_that_was_handed_on_before_the_flush_is_not_written(tmp_path: Path) -> None:
+    first, _ = two_turns()
+    file = DraftFile(tmp_path, "w0")
+    file.add("g", 0, 0, first)
+    file.add("h", 0, 0, first)
+    file.forget("g")
+    file.flush()
+    assert set(read_drafts(tmp_path, ["g", "h"])) == {"h"}
+
+
 def test_a_rollout_that_starts_again_forgets_what_it_was(tmp_path: Path) -> None:
     first, second = two_turns()
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, first)
+    file.flush()
     file.add("g", 0, 1, second, known=9)
+    file.flush()
     other = completion([1, 2, 3], 3, 6)
     file.add("g", 0, 0, other)
+    file.flush()
     (turn,) = only(tmp_path).completions
     assert same(turn, other)
 
@@ -119,9 +160,13 @@ def test_the_newest_draft_counts_whichever_worker_wrote_it(tmp_path: Path) -> No
     first, second = two_turns()
     w1, w0 = DraftFile(tmp_path, "w1"), DraftFile(tmp_path, "w0")
     w0.add("g", 0, 0, first)
+    w0.flush()
     w0.add("g", 1, 0, first)
+    w0.flush()
     w1.add("g", 0, 0, first)
+    w1.flush()
     w1.add("g", 0, 1, second, known=9)
+    w1.flush()
     assert len(only(tmp_path).completions) == 2
     assert len(only(tmp_path, index=1).completions) == 1
     assert read_drafts(tmp_path, ["other"]) == {}
@@ -132,14 +177,18 @@ def test_drafts_go_on_over_segments_and_old_ones_go_when_their_groups_have_ended
     first, second = two_turns()
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, first)
+    file.flush()
     file.add("h", 0, 0, first)
+    file.flush()
     file.add("g", 0, 1, second, known=9)
+    file.flush()
     assert [same(a, b) for a, b in zip(only(tmp_path).completions, (first, second), strict=True)] == [True, True]
     prune(tmp_path, ["g"])
     assert len(list(tmp_path.glob("*.arrow"))) == 3, "two of g, and the one that is being written"
     prune(tmp_path, [])
     assert len(list(tmp_path.glob("*.arrow"))) == 1
     file.add("i", 0, 0, first)
+    file.flush()
     assert same(only(tmp_path, "i").completions[0], first)
 
 
@@ -148,9 +197,11 @@ def test_a_torn_end_loses_the_torn_record_alone(tmp_path: Path, cut: int) -> Non
     first, second = two_turns()
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, first)
+    file.flush()
     (path,) = tmp_path.glob("*.arrow")
     whole = path.stat().st_size
     file.add("g", 0, 1, second, known=9)
+    file.flush()
     with path.open("r+b") as torn:
         torn.truncate(max(path.stat().st_size - cut, whole))
     assert len(only(tmp_path).completions) == 1

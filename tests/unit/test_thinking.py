@@ -112,7 +112,11 @@ def last(ids: list[int], marker: int) -> int:
 async def play(engine: Thinker, budget: int | None, file: DraftFile | None = None, draft: Draft | None = None, **changes: int) -> Rollout:
     sampler = engine.sampler = Continuing(engine, file, "g", 0, draft)
     settings = replace(spec(max_total_tokens=2000, **({"max_tokens": 900} | changes)), thinking_budget=budget)
-    return await run_episode(TASK, settings, sampler, Session(first="?"), ThinkingLetters(), "g-0")
+    try:
+        return await run_episode(TASK, settings, sampler, Session(first="?"), ThinkingLetters(), "g-0")
+    finally:
+        if file is not None:
+            file.flush()
 
 
 def text(rollout: Rollout) -> str:
