@@ -8,6 +8,7 @@ On CPU only, where stock vLLM 0.32 is wrong or refuses for Mamba-2 / attention /
     sampling.py      speculative decoding sampled at a temperature read from uninitialised memory (silently wrong samples)
     ssm_update.py    and the wrong recurrent states were read for drafts (silently wrong samples)
     conv_alias.py    a weight update in bfloat16 left the convolutions as they were (silently wrong samples)
+    mtp_dtype.py     the MTP head took bfloat16 for float32 where the checkpoint was float32 (no draft was ever accepted)
     latent_moe.py    ungated (relu^2) experts are refused
     seeded.py        a seeded request ended the engine when its prompt was prefilled in parts
 
@@ -45,9 +46,19 @@ def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "rollout_workers.vllm_plugin.weights", "SharedMemoryWeights")
     if current_platform.is_cpu():
-        from rollout_workers.vllm_plugin import auto_k, conv_update, latent_moe, mtp_draft, rejection, sampling, seeded, ssm_update
+        from rollout_workers.vllm_plugin import (
+            auto_k,
+            conv_update,
+            latent_moe,
+            mtp_draft,
+            mtp_dtype,
+            rejection,
+            sampling,
+            seeded,
+            ssm_update,
+        )
 
-        for fix in (auto_k, conv_update, latent_moe, mtp_draft, rejection, sampling, seeded, ssm_update):
+        for fix in (auto_k, conv_update, latent_moe, mtp_draft, mtp_dtype, rejection, sampling, seeded, ssm_update):
             fix.install()
 
 

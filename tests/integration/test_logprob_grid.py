@@ -33,7 +33,8 @@ from tests.integration.tiny_hybrid import make_tiny_hybrid
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 T = TypeVar("T")
-VOCAB, LIMIT = 128, 256
+VOCAB, LIMIT = 16, 256
+"""So few tokens that even an untrained head is right now and then."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EVERY = [(dtype, k) for dtype in DTYPES for k in (0, 1, 2, 4)]
 CHOSEN = EVERY if os.environ.get("POLYRL_LONG_TESTS") else [("bfloat16", 4)]
@@ -105,6 +106,7 @@ def test_engine_and_learner_agree_at_any_batch_size(cell: Cell, batch: int) -> N
     assert {len(c.token_ids) for c in done} == {tokens}
     if cell.k and batch >= 16:
         assert sum(c.drafted for c in done) > sum(c.accepted for c in done) > 0, "no draft was accepted, or none rejected"
+    print("drafted, accepted:", sum(c.drafted for c in done), sum(c.accepted for c in done))
     cell.check(done)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
-from rollout_workers.vllm_plugin import conv_alias, conv_update, latent_moe, sampling, seeded, ssm_update
+from rollout_workers.vllm_plugin import conv_alias, conv_update, latent_moe, mtp_dtype, sampling, seeded, ssm_update
 from tests.unit.test_ssm_update import check_states
 
 pytestmark = [
@@ -132,6 +132,42 @@ def test_a_reload_in_bfloat16_reaches_the_convolutions(whose: str) -> None:
     if whose == "ours":
         conv_alias.refresh(mixer)
     assert torch.equal(mixer.conv_weights, new[:, 0])
+
+
+def as_written(function: Any, file: str) -> Any:
+    """The function within its wrappers: for compilation, which want a whole VllmConfig, and maybe our patch."""
+    while function.__code__.co_filename != file:
+        function = next(c.cell_contents for c in function.__closure__ if getattr(c.cell_contents, "__name__", "") in ("__init__", "made"))
+    return function
+
+
+@pytest.mark.parametrize("whose", ["ours", stock("mtp_dtype", AssertionError)])
+def test_the_mtp_head_is_made_in_the_engines_precision(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eh_proj` is made in `config.dtype`, which is the checkpoint's, and is then given what the engine computes with."""
+    from vllm.model_executor.models import nemotron_h_mtp
+
+    made: list[torch.dtype] = []
+
+    class Layer(torch.nn.Module):
+        def __init__(self, config: Any, **_: Any) -> None:
+            super().__init__()
+            made.append(config.dtype)
+
+    for name in ("NemotronHMTPAttentionDecoderLayer", "NemotronHMTPMoEDecoderLayer"):
+        monkeypatch.setattr(nemotron_h_mtp, name, Layer)
+    monkeypatch.setattr(nemotron_h_mtp, "VocabParallelEmbedding", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(nemotron_h_mtp, "get_draft_quant_config", lambda _: None)
+    config = SimpleNamespace(
+        dtype=torch.float32, vocab_size=8, hidden_size=4, num_hidden_layers=2, num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*E"
+    )
+    config.get_text_config = lambda: config
+    draft = SimpleNamespace(hf_config=config, dtype=torch.bfloat16)
+    settings = SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=draft), cache_config=None, parallel_config=None)
+
+    init = as_written(nemotron_h_mtp.NemotronHMultiTokenPredictor.__init__, nemotron_h_mtp.__file__)
+    predictor = nemotron_h_mtp.NemotronHMultiTokenPredictor.__new__(nemotron_h_mtp.NemotronHMultiTokenPredictor)
+    (mtp_dtype.in_engines_dtype(init) if whose == "ours" else init)(predictor, vllm_config=settings)
+    assert made == [torch.bfloat16] * 2
 
 
 class Reached(Exception):
