@@ -224,3 +224,10 @@ def clock(seconds: float | None) -> str:
         return "-"
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def visible(text: str, keep: str = "") -> str:
+    """`text` with nothing in it that a terminal obeys or hides: controls, ANSI, direction marks and surrogates become escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -20,6 +20,7 @@ from infra.cli import (
     envs,
     evals,
     models,
+    queries,
     replays,
     results,
     rewards,
@@ -29,6 +30,7 @@ from infra.cli import (
     verifiers,
 )
 from infra.errors import UsageError
+from infra.view import visible
 from rl_core.config import ConfigError
 from rl_core.run_store import NoSuchRun
 
@@ -47,6 +49,7 @@ for module in (
     chaos,
     clusters,
     results,
+    queries,
     dashboard,
     evals,
     replays,
@@ -65,7 +68,7 @@ def main() -> None:
     try:
         app()
     except USER_ERRORS as error:
-        sys.stderr.write(f"polyrl: {error}\n")
+        sys.stderr.write(f"polyrl: {visible(str(error), keep=chr(10))}\n")  # DuckDB and plugins quote what they were given
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our pipe has gone, for example `polyrl show latest | head`
