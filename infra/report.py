@@ -14,7 +14,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from infra.run_state import EnvState, RunState, Score, fold
+from infra.dashboard.feed import read_state
+from infra.run_state import EnvState, RunState, Score
 from infra.view import clock, number
 from rl_core.run_store import StoredRun
 
@@ -29,9 +30,9 @@ MAX_SAMPLE_CHARACTERS = 1500
 """Of each message of a sample rollout; a document of the long_context environment has thousands."""
 
 
-def write_report(run: StoredRun) -> Path:
-    """Draw both files into the run's folder; returns the path of report.html."""
-    state = fold(run.events())
+def write_report(run: StoredRun, state: RunState | None = None) -> Path:
+    """Draw both files into the run's folder; returns the path of report.html. `state` is the run's, where it is known already."""
+    state = state or read_state(run)
     picture = draw_curves(state)
     (run.run_dir / "curves.png").write_bytes(picture)
     path = run.run_dir / "report.html"
@@ -67,12 +68,12 @@ def draw_curves(state: RunState) -> bytes:
 
 def draw_environment(axis: Any, env: EnvState, colour: str, *, last_step: int) -> None:
     """One panel."""
-    points = env.series.get("reward", [])
+    points = env.points("reward")
     if points:
         x, y = [p[0] for p in points], [p[1] for p in points]
         axis.plot(x, y, color=colour, alpha=0.25, linewidth=1, label="train, each step")
         axis.plot(x, smooth(y, SMOOTHING), color=colour, linewidth=2, label=f"train, mean of {SMOOTHING} steps")
-    scores = [s for s in (env.before, *env.during, env.after) if s is not None]
+    scores = env.scores
     if scores:
         middle = [s.pass_rate for s in scores]
         below = [max(0.0, s.pass_rate - s.ci95[0]) for s in scores]

@@ -10,10 +10,9 @@ import json
 import math
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -23,30 +22,29 @@ import pyarrow as pa
 
 from infra.errors import UsageError
 from rl_core.events import Event
-from rl_core.run_store import SCHEMA, StoredRun
+from rl_core.run_store import StoredRun, view_rollouts
 
 OVER: Mapping[str, str] = {
-    "rollouts": "SELECT * FROM stored",
     "tasks": """
         SELECT group_id, label, any_value(env) AS env, any_value(task_key) AS task_key, any_value(split) AS split,
             any_value(difficulty) AS difficulty, any_value(task) AS task, count(*) AS rollouts, avg(reward) AS reward,
             stddev_pop(reward) AS reward_std
-        FROM stored GROUP BY group_id, label""",
+        FROM rollouts GROUP BY group_id, label""",
     "turns": """
         SELECT rollout_id, group_id, env, label, n AS turn, t ->> 'content' AS content, t ->> 'thought' AS thought,
             t -> 'tool_calls' AS tool_calls, t -> 'malformed' AS malformed
         FROM (SELECT rollout_id, group_id, env, label, unnest(list) AS t, generate_subscripts(list, 1) - 1 AS n
             FROM (SELECT rollout_id, group_id, env, label, from_json(CASE WHEN json_valid(turns) THEN turns
-                ELSE regexp_replace(turns, '\\\\u[dD][89a-fA-F][0-9a-fA-F]{2}', '\\\\ufffd', 'g') END, '["JSON"]') AS list FROM stored))""",
+                ELSE regexp_replace(turns, '\\\\u[dD][89a-fA-F][0-9a-fA-F]{2}', '\\\\ufffd', 'g') END, '["JSON"]') AS list FROM rollouts))""",
     "components": """
         SELECT rollout_id, group_id, env, label, c.key AS name, c.value AS value
         FROM (SELECT rollout_id, group_id, env, label,
-            unnest(map_entries(TRY_CAST(TRY_CAST(components AS JSON) AS MAP(VARCHAR, DOUBLE)))) AS c FROM stored)""",
+            unnest(map_entries(TRY_CAST(TRY_CAST(components AS JSON) AS MAP(VARCHAR, DOUBLE)))) AS c FROM rollouts)""",
     "tokens": """
         SELECT rollout_id, group_id, env, label, completion, unnest(ids) AS token_id, generate_subscripts(ids, 1) - 1 AS place,
             unnest(lps) AS logprob, unnest(vs) AS version, list_contains(f, generate_subscripts(ids, 1) - 1) AS forced
         FROM (SELECT rollout_id, group_id, env, label, generate_subscripts(token_ids, 1) - 1 AS completion, unnest(token_ids) AS ids,
-            unnest(logprobs) AS lps, unnest(versions) AS vs, unnest(forced) AS f FROM stored)""",
+            unnest(logprobs) AS lps, unnest(versions) AS vs, unnest(forced) AS f FROM rollouts)""",
     "ledger": "SELECT * FROM drawn",
     "batches": """
         SELECT version, group_id, env, task_key, difficulty, false AS again FROM drawn WHERE state = 'trained'
@@ -60,7 +58,7 @@ OVER: Mapping[str, str] = {
         FULL JOIN (SELECT version, reason AS rolled_back FROM undone) USING (version)""",
     "events": "SELECT * FROM happened",
 }
-"""View -> what it selects. What stands after FROM in them is SOURCES."""
+"""View -> what it selects, from SOURCES."""
 
 LEDGER = {
     "drawn": "SELECT ticket, group_id, env, task_key, position, attempt, restarts, state, reason, version, uses, drawn_at, ended_at, "
@@ -75,7 +73,10 @@ LEDGER_TYPES = {
 }
 """All others are text."""
 
-SOURCES = ("stored", *LEDGER, "measured", "happened")
+SOURCES = ("rollouts", *LEDGER, "measured", "happened")
+
+VIEWS = ("rollouts", *OVER)
+"""What a question may name; the first one is a source as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,40 +142,35 @@ def ask(run: StoredRun, question: str) -> Iterator[Answer]:
 def describe(run: StoredRun) -> dict[str, list[tuple[str, str]]]:
     """View -> (column, type)."""
     with duckdb.connect(config={"threads": 2}) as db:
-        make_views(db, run, list(OVER))
-        return {view: [(row[0], row[1]) for row in db.execute(f"DESCRIBE {view}").fetchall()] for view in OVER}
+        make_views(db, run, VIEWS)
+        return {view: [(row[0], row[1]) for row in db.execute(f"DESCRIBE {view}").fetchall()] for view in VIEWS}
 
 
 def named(question: str) -> list[str]:
     """The views whose names occur in it; all of them, where it asks what there is."""
     words = set(re.findall(r"\w+", question.lower()))
     everything = words & {"show", "information_schema", "duckdb_views", "duckdb_columns", "duckdb_tables"}
-    return [view for view in OVER if everything or view in words]
+    return [view for view in VIEWS if everything or view in words]
 
 
-def make_views(db: Any, run: StoredRun, views: list[str]) -> None:
+def make_views(db: Any, run: StoredRun, views: Sequence[str]) -> None:
     """`views`, and the sources that they need."""
-    needed = {word for view in views for word in re.findall(r"\w+", OVER[view])} & set(SOURCES)
+    needed = {word for view in views for word in re.findall(r"\w+", OVER.get(view, view))}
     for source in SOURCES:
         if source in needed:
             _make_source(db, run, source)
     for view in views:
-        db.execute(f"CREATE VIEW {view} AS {OVER[view]}")
+        if view in OVER:
+            db.execute(f"CREATE VIEW {view} AS {OVER[view]}")
 
 
 def _make_source(db: Any, run: StoredRun, source: str) -> None:
-    if source == "stored":
-        parts = sorted(str(p) for p in _segments(run).glob("part-*.parquet"))
-        if parts:
-            db.from_parquet(parts, union_by_name=True).create_view("stored")
-            return
-    rows = {"stored": SCHEMA.empty_table, "measured": lambda: _measured(run), "happened": lambda: _happened(run)}
-    table = rows[source]() if source in rows else _ledger(run, LEDGER[source])
+    if source == "rollouts":
+        view_rollouts(db, run.segments())
+        return
+    rows = {"measured": _measured, "happened": _happened}
+    table = rows[source](run) if source in rows else _ledger(run, LEDGER[source])
     db.register(source, table)
-
-
-def _segments(run: StoredRun) -> Path:
-    return run.run_dir.absolute() / "rollouts"
 
 
 def _only_reads(db: Any, question: str) -> None:
@@ -188,7 +184,7 @@ def _only_reads(db: Any, question: str) -> None:
 
 def _close_off(db: Any, run: StoredRun) -> None:
     """No file but the segments, no network, no extension, and no Python variable of ours; not to be opened again."""
-    folder = str(_segments(run)).replace("'", "''")
+    folder = str(run.run_dir.absolute() / "rollouts").replace("'", "''")
     db.execute(f"SET allowed_directories = ['{folder}']")
     for setting in ("python_enable_replacements", "autoinstall_known_extensions", "autoload_known_extensions", "enable_external_access"):
         db.execute(f"SET {setting} = false")
@@ -282,4 +278,4 @@ def _sentence(error: duckdb.Error) -> str:
     return " ".join(lines) or type(error).__name__
 
 
-__all__ = ["EXAMPLES", "OVER", "Answer", "Question", "ask", "describe"]
+__all__ = ["EXAMPLES", "VIEWS", "Answer", "Question", "ask", "describe"]

@@ -82,6 +82,10 @@ SCHEMA = pa.schema(
 )
 
 
+STEP = Event(kind="step", data={}, time=0.0).to_json().split(",")[0]
+"""How the line of a step starts."""
+
+
 class NoSuchRun(ValueError):
     """There is no stored run of that name."""
 
@@ -223,7 +227,7 @@ class StoredRun:
     def state(self) -> str:
         """finished, stopped, failed; or running; or killed, if its process ended without a word."""
         last = None
-        for event in self.events():
+        for event in self.events(steps=False):
             if event.kind in ("run_started", "run_finished"):
                 last = event
         return self.state_after(last)
@@ -239,8 +243,11 @@ class StoredRun:
         """Whether a process holds the run open."""
         return _is_locked(self.run_dir / "events.jsonl")
 
-    def events(self) -> Iterator[Event]:
-        """All whole events so far, oldest first. A torn last line is a write in progress, or the last breath of a killed run."""
+    def events(self, *, steps: bool = True) -> Iterator[Event]:
+        """All whole events so far, oldest first. A torn last line is a write in progress, or the last breath of a killed run.
+
+        Nearly all of a long run's events are steps; without them, their lines are not parsed.
+        """
         path = self.run_dir / "events.jsonl"
         if not path.is_file():
             return
@@ -248,12 +255,12 @@ class StoredRun:
             for line in file:
                 if not line.endswith("\n"):
                     return
-                if line.strip():
+                if line.strip() and (steps or not line.startswith(STEP)):
                     yield Event.from_json(line)
 
     def segments(self) -> list[str]:
         """The files of its rollouts that are whole, oldest first."""
-        return sorted(str(p) for p in (self.run_dir / "rollouts").glob("part-*.parquet"))
+        return sorted(str(p) for p in (self.run_dir / "rollouts").absolute().glob("part-*.parquet"))
 
     def sql(self, query: str) -> list[dict[str, Any]]:
         """Rows of a SQL query over the view `rollouts` (DuckDB; columns are those of SCHEMA)."""
@@ -267,9 +274,14 @@ class StoredRun:
 
 
 def view_rollouts(db: Any, segments: Sequence[str]) -> None:
-    """The view `rollouts` of a DuckDB connection: one row per rollout, the columns those of SCHEMA. It replaces an earlier one."""
+    """The view `rollouts` of a DuckDB connection: one row per rollout, the columns those of SCHEMA. It replaces an earlier one.
+
+    To match columns by name DuckDB opens every file first, a second for a million rollouts; it is told to where the columns changed
+    between the first and the last segment, that is, where a later version of this program resumed the run.
+    """
     if segments:
-        db.from_parquet(list(segments), union_by_name=True).create_view("rollouts", replace=True)
+        changed = pq.read_schema(segments[0]).names != pq.read_schema(segments[-1]).names
+        db.from_parquet(list(segments), union_by_name=changed).create_view("rollouts", replace=True)
     else:  # a table, since cursors see nothing that is only registered
         db.register("incoming", SCHEMA.empty_table())
         db.execute("CREATE OR REPLACE TABLE nothing AS SELECT * FROM incoming")
@@ -343,4 +355,4 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-__all__ = ["LABELS", "SCHEMA", "NoSuchRun", "RunStore", "StoredRun", "create_run_dir", "list_runs"]
+__all__ = ["LABELS", "SCHEMA", "NoSuchRun", "RunStore", "StoredRun", "create_run_dir", "list_runs", "view_rollouts"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infra.run_state import fold
+from infra.dashboard.feed import read_state
 from infra.view import clock
 from rl_core.run_store import StoredRun
 
@@ -29,7 +29,7 @@ def draw(run: StoredRun) -> Path | None:
     """Draw curves.png and report.html; None if the run recorded nothing."""
     from infra.report import write_report  # matplotlib takes a second
 
-    return write_report(run) if any(True for _ in run.events()) else None
+    return write_report(run) if next(run.events(), None) else None
 
 
 def finish(run: StoredRun) -> None:
@@ -38,7 +38,7 @@ def finish(run: StoredRun) -> None:
     if report is None:
         typer.echo(f"nothing was recorded in {run.run_dir}")
         return
-    state = fold(run.events())
+    state = read_state(run)
     seconds = f" in {clock(state.seconds)}" if state.seconds is not None else ""
     typer.echo(f"\nrun {run.id}: {run.state}{seconds}" + (f": {state.reason}" if state.reason else ""))
     for env in state.environments.values():

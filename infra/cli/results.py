@@ -8,9 +8,10 @@ from pathlib import Path
 import typer
 
 from infra.cli.common import Json, RunName, RunsDir, print_json
+from infra.dashboard.feed import read_state
 from infra.errors import UsageError
-from infra.run_state import RunState, fold
-from infra.view import clock, number, short, sparkline, totals
+from infra.run_state import RunState
+from infra.view import clock, number, short, sparkline, totals, visible
 from rl_core.run_store import RunStore, StoredRun, list_runs
 
 Buckets = Mapping[str, Mapping[str, float]]
@@ -27,32 +28,32 @@ def runs(runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
     """List all runs, oldest first."""
     rows = []
     for run in list_runs(runs_dir):
-        state = fold(run.events())
+        state = read_state(run)
+        outcome = state.outcome or ("running" if run.is_being_written else "killed")
         gains = {
             name: {"before": e.before and e.before.pass_rate, "after": e.after and e.after.pass_rate}
             for name, e in state.environments.items()
         }
-        rows.append({"run": run.id, "state": run.state, "step": state.version, "steps": state.steps, "pass_rate": gains})
+        rows.append({"run": run.id, "state": outcome, "step": state.version, "steps": state.steps, "pass_rate": gains})
+        if not json:
+            scores = "  ".join(f"{e.name} {short(e.before)} -> {short(e.after)}" for e in state.environments.values())
+            typer.echo(visible(f"{run.id}  {outcome:<9} {state.version}/{state.steps}  {scores}"))
     if json:
         print_json(rows)
-        return
-    for row, run in zip(rows, list_runs(runs_dir), strict=True):
-        scores = "  ".join(f"{e.name} {short(e.before)} -> {short(e.after)}" for e in fold(run.events()).environments.values())
-        typer.echo(f"{row['run']}  {row['state']:<9} {row['step']}/{row['steps']}  {scores}")
-    if not rows:
+    elif not rows:
         typer.echo(f"no run in {str(runs_dir)!r}")
 
 
 def show(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
     """Show one run: held-out scores before and after, and what was measured in between."""
     stored = RunStore.find(runs_dir, run)
-    state = fold(stored.events())
+    state = read_state(stored)
     if json:
         print_json({"state": stored.state, "run_dir": str(stored.run_dir), **state.to_json(), "run": stored.id})
         return
     typer.echo(f"run {stored.id}  {stored.state}  step {state.version}/{state.steps}  {clock(state.seconds)}")
     if state.reason:
-        typer.echo(f"  {state.reason}")
+        typer.echo(visible(f"  {state.reason}"))
     typer.echo(f"  {totals(state)}\n")
     _print_table(state)
     _print_buckets(state)
@@ -60,19 +61,26 @@ def show(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json =
     typer.echo(f"\n{_rollout_counts(stored)}\n{stored.run_dir}")
 
 
-def curves(run: RunName = "latest", runs_dir: RunsDir = Path("runs")) -> None:
+def curves(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
     """Draw a run's reward curves into the terminal, and again into curves.png and report.html."""
     from infra.report import write_report
 
     stored = RunStore.find(runs_dir, run)
-    state = fold(stored.events())
+    state = read_state(stored)
     if not state.run:
         raise UsageError(f"run {stored.id} has no events yet")
+    if json:
+        rows = {
+            e.name: {"share": e.share, "reward": e.points("reward"), "held_out": [s.to_json() for s in e.scores]}
+            for e in state.environments.values()
+        }
+        print_json(rows)
+        return
     for env in state.environments.values():
         rewards = env.values("reward")
         first, last = number(rewards[0] if rewards else None, ".2f"), number(env.recent("reward"), ".2f")
         typer.echo(f"{env.name:<14} train {first} {sparkline(rewards, 60)} {last}   held-out {short(env.before)} -> {short(env.after)}")
-    report = write_report(stored)
+    report = write_report(stored, state)
     typer.echo(f"{report.with_name('curves.png')}\n{report}")
 
 

@@ -62,7 +62,13 @@ def large_step(version: int, envs: list[str], more: int = 0) -> Event:
 
 
 def large_run(
-    runs_dir: Path, *, environments: int = 200, steps: int = 50, rollouts: int = 100_000, metrics_per_environment: int = 3
+    runs_dir: Path,
+    *,
+    environments: int = 200,
+    steps: int = 50,
+    rollouts: int = 100_000,
+    metrics_per_environment: int = 3,
+    segment: int = 20_000,
 ) -> Path:
     """Its rollouts are segments in the store's schema, made from whole columns."""
     folder = runs_dir / LARGE_RUN
@@ -75,7 +81,6 @@ def large_run(
     for version in range(1, steps + 1):
         store.emit(large_step(version, envs, metrics_per_environment - 3))
     store.close()
-    segment = 20_000
     for part, first in enumerate(range(0, rollouts, segment)):
         ids = np.arange(first, min(first + segment, rollouts))
         pq.write_table(_rollouts(ids, envs), folder / "rollouts" / f"part-{part:05d}.parquet")

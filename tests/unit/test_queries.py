@@ -13,7 +13,7 @@ import pytest
 
 from infra.cli.main import main
 from infra.errors import UsageError
-from infra.sql import EXAMPLES, OVER, ask, describe, named
+from infra.sql import EXAMPLES, VIEWS, ask, describe, named
 from infra.view import visible
 from rl_core.events import Event
 from rl_core.ledger import Ledger
@@ -76,7 +76,7 @@ def test_every_ready_question_has_an_answer(runs_dir: Path, run: str) -> None:
             assert answer.names
             answered += bool(list(answer))
     assert answered >= 5
-    assert {view for e in EXAMPLES for view in named(e.sql)} == set(OVER) - {"tokens", "events"}
+    assert {view for e in EXAMPLES for view in named(e.sql)} == set(VIEWS) - {"tokens", "events"}
 
 
 ANSWERS = {
@@ -101,7 +101,7 @@ def test_what_the_views_say(runs_dir: Path, question: str) -> None:
 
 
 def test_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
-    for view in OVER:
+    for view in VIEWS:
         with ask(StoredRun(tmp_path), f"SELECT * FROM {view}") as answer:
             assert answer.names
             assert list(answer) == []
@@ -119,10 +119,24 @@ def test_what_is_being_written_is_seen(tmp_path: Path) -> None:
         store.close()
 
 
+def test_segments_of_two_versions_of_the_program_are_one_store(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    store = RunStore(tmp_path)
+    store.add_groups([group("g000000")], "train")
+    store.close()
+    old = tmp_path / "rollouts" / "part-00000.parquet"
+    table = pq.read_table(old)
+    pq.write_table(table.drop_columns(["worker"]), old)
+    pq.write_table(table, tmp_path / "rollouts" / "part-00001.parquet")
+    with ask(StoredRun(tmp_path), "SELECT worker, count(*) FROM rollouts GROUP BY 1 ORDER BY 1") as answer:
+        assert list(answer) == [["w0", 2], [None, 2]]
+
+
 def test_only_named_views_are_made() -> None:
     assert named("select count(*) from Rollouts") == ["rollouts"]
     assert named("SELECT 1") == []
-    assert named("show tables") == list(OVER)
+    assert named("show tables") == list(VIEWS)
 
 
 REFUSED = {
@@ -185,7 +199,7 @@ def test_sql_prints_a_table_json_and_csv(polyrl: Call) -> None:
     assert err.startswith("polyrl: SQL: ")
     assert err.count("\n") == 1
     assert polyrl("sql", "--examples")[1].count(";\n") == 10
-    assert set(json.loads(polyrl("sql", "--json")[1])) == set(OVER)
+    assert set(json.loads(polyrl("sql", "--json")[1])) == set(VIEWS)
     assert "first 200 rows" in polyrl("sql", "SELECT * FROM range(300)")[1]
 
 
@@ -253,6 +267,6 @@ def test_the_page_names_every_view_and_column(runs_dir: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "run-store.md").read_text(encoding="utf-8")
     rows = {cells[1].strip("` "): cells[3].strip().split(", ") for line in page.splitlines() if len(cells := line.split("|")) == 5}
     views = describe(StoredRun(runs_dir / RUN))
-    assert {name: rows[name] for name in OVER if name != "rollouts"} == {
+    assert {name: rows[name] for name in VIEWS if name != "rollouts"} == {
         name: [column for column, _ in columns] for name, columns in views.items() if name != "rollouts"
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from infra.dashboard.feed import read_state
 from infra.report import draw_curves, smooth, write_report
 from infra.run_state import RunState, fold
 from infra.view import EVENT_MARK, LiveView, PlainView, clock, describe, parse_line, render, sparkline
@@ -49,6 +50,18 @@ def test_the_state_of_a_run_is_the_sum_of_its_events() -> None:
     assert figures["staleness"] == {"bound": 1, "max": 1.0}
     assert figures["logprob_agreement_nats"]["mean"] == pytest.approx(5e-6)
     assert figures["logprob_agreement_nats"]["worst_mean"] == pytest.approx(8e-6)
+
+
+def test_the_fast_reader_says_what_the_sum_of_events_says(tmp_path: Path) -> None:
+    run = StoredRun(store_run(tmp_path / "run"))
+    quick, slow = read_state(run), fold(run.events())
+    assert quick.to_json() == slow.to_json()
+    assert quick.notes == slow.notes
+    for name, env in slow.environments.items():
+        assert {metric: quick.environments[name].points(metric) for metric in env.series} == env.series
+    assert {metric: quick.values(metric) for metric in slow.series} == {metric: slow.values(metric) for metric in slow.series}
+    assert quick.values("no such metric") == []
+    assert run.state == quick.outcome == "finished"
 
 
 def test_a_run_that_was_stopped_has_no_after() -> None:
