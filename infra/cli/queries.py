@@ -100,18 +100,18 @@ def rollouts(
     wanted = Filter(
         env=env, status=status, label=label, text=search, min_reward=min_reward, max_reward=max_reward, min_step=step, max_step=step
     )
-    page = known.page(wanted, sort=sort, limit=limit)
     if json:
-        print_json(page)
+        print_json(known.page(wanted, sort=sort, limit=limit))
         return
+    rows = known.some(wanted, sort=sort, limit=limit)
     typer.echo(f"{'rollout':<16} {'environment':<16} {'label':<8} {'status':<12} {'reward':>7} {'tokens':>7} {'seconds':>8} {'trained':>8}")
-    for row in page["rows"]:
+    for row in rows:
         typer.echo(
             f"{_cell(row['rollout_id']):<16} {_cell(row['env']):<16} {_cell(row['label']):<8} {_cell(row['status']):<12}"
             f" {number(row['reward'], '.3f'):>7} {number(row['num_sampled_tokens'], 'd'):>7} {number(row['seconds'], '.1f'):>8}"
             f" {number(row['trained'], 'd'):>8}"
         )
-    typer.echo(f"{len(page['rows'])} of {page['total']:,}")
+    typer.echo(f"{len(rows)} of {known.count(wanted):,}")
 
 
 def _print_answer(answer: Answer) -> None:

@@ -96,14 +96,22 @@ class Rollouts:
 
     def page(self, wanted: Filter, *, sort: str = "newest", offset: int = 0, limit: int = 50) -> dict[str, Any]:
         """{"total": matching, "rows": one page of them without their text}."""
+        rows = self.some(wanted, sort=sort, offset=offset, limit=limit)
+        return {"total": self.count(wanted), "offset": offset, "limit": limit, "rows": rows}
+
+    def count(self, wanted: Filter) -> int:
+        """How many match."""
+        where, values = wanted.where()
+        return int(self._rows(f"SELECT count(*) AS n FROM known WHERE {where}", values)[0]["n"])
+
+    def some(self, wanted: Filter, *, sort: str = "newest", offset: int = 0, limit: int = 50) -> list[dict[str, Any]]:
+        """One page of them, without their text."""
         if sort not in SORTS:
             raise ValueError(f"sort {sort!r}, wanted one of {', '.join(SORTS)}")
         where, values = wanted.where()
-        total = self._rows(f"SELECT count(*) AS n FROM known WHERE {where}", values)[0]["n"]
-        rows = self._rows(
+        return self._rows(
             f"SELECT {LIST_COLUMNS} FROM known WHERE {where} ORDER BY {SORTS[sort]} LIMIT ? OFFSET ?", [*values, limit, offset]
         )
-        return {"total": total, "offset": offset, "limit": limit, "rows": rows}
 
     def one(self, rollout_id: str, label: str = "") -> dict[str, Any] | None:
         """A rollout with everything that is stored of it, and its siblings; None if there is none of that id."""
