@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ import pyarrow as pa
 
 from infra.errors import UsageError
 from rl_core.events import Event
+from rl_core.ledger import read_rows
 from rl_core.run_store import StoredRun, view_rollouts
 
 OVER: Mapping[str, str] = {
@@ -35,7 +35,8 @@ OVER: Mapping[str, str] = {
             t -> 'tool_calls' AS tool_calls, t -> 'malformed' AS malformed
         FROM (SELECT rollout_id, group_id, env, label, unnest(list) AS t, generate_subscripts(list, 1) - 1 AS n
             FROM (SELECT rollout_id, group_id, env, label, from_json(CASE WHEN json_valid(turns) THEN turns
-                ELSE regexp_replace(turns, '\\\\u[dD][89a-fA-F][0-9a-fA-F]{2}', '\\\\ufffd', 'g') END, '["JSON"]') AS list FROM rollouts))""",
+                ELSE regexp_replace(turns, '\\\\u[dD][89a-fA-F][0-9a-fA-F]{2}', '\\\\ufffd', 'g') END, '["JSON"]') AS list
+            FROM rollouts))""",
     "components": """
         SELECT rollout_id, group_id, env, label, c.key AS name, c.value AS value
         FROM (SELECT rollout_id, group_id, env, label,
@@ -68,7 +69,7 @@ LEDGER = {
 }
 
 LEDGER_TYPES = {
-    **dict.fromkeys(("ticket", "position", "attempt", "version", "uses"), pa.int64()),
+    **dict.fromkeys(("ticket", "position", "attempt", "version", "uses", "trained"), pa.int64()),
     **dict.fromkeys(("drawn_at", "ended_at", "solved", "at"), pa.float64()),
 }
 """All others are text."""
@@ -169,7 +170,7 @@ def _make_source(db: Any, run: StoredRun, source: str) -> None:
         view_rollouts(db, run.segments())
         return
     rows = {"measured": _measured, "happened": _happened}
-    table = rows[source](run) if source in rows else _ledger(run, LEDGER[source])
+    table = rows[source](run) if source in rows else ledger_table(run, LEDGER[source])
     db.register(source, table)
 
 
@@ -191,14 +192,9 @@ def _close_off(db: Any, run: StoredRun) -> None:
     db.execute("SET lock_configuration = true")
 
 
-def _ledger(run: StoredRun, query: str) -> pa.Table:
-    """Rows of the ledger; none where the run drew no task. (DuckDB's own reader of SQLite is an extension, to be downloaded.)"""
-    path = run.run_dir / "ledger.sqlite"
-    names = [name.strip() for name in query.removeprefix("SELECT ").split(" FROM ")[0].split(",")]
-    rows: list[tuple[Any, ...]] = []
-    if path.is_file():
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
-            rows = db.execute(query).fetchall()
+def ledger_table(run: StoredRun, query: str) -> pa.Table:
+    """What the ledger answers; no row where the run drew no task. (DuckDB's own reader of SQLite is an extension, to be downloaded.)"""
+    names, rows = read_rows(run.run_dir / "ledger.sqlite", query)
     columns = list(zip(*rows, strict=True)) or [()] * len(names)
     types = [LEDGER_TYPES.get(name, pa.string()) for name in names]
     return pa.table({name: pa.array(column, type_) for name, column, type_ in zip(names, columns, types, strict=True)})
@@ -278,4 +274,4 @@ def _sentence(error: duckdb.Error) -> str:
     return " ".join(lines) or type(error).__name__
 
 
-__all__ = ["EXAMPLES", "VIEWS", "Answer", "Question", "ask", "describe"]
+__all__ = ["EXAMPLES", "VIEWS", "Answer", "Question", "ask", "describe", "ledger_table"]

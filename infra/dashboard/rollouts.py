@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rl_core.ledger import read_fates
+from infra.sql import ledger_table
 from rl_core.run_store import StoredRun, view_rollouts
 
 QUERY_SECONDS = 30.0
@@ -37,7 +37,8 @@ SORTS = {
     "slowest": "seconds DESC, rollout_id",
 }
 
-FATES = pa.schema([("group_id", pa.string()), ("state", pa.string()), ("reason", pa.string()), ("trained", pa.int64())])
+FATES = "SELECT group_id, state, reason, version AS trained FROM tasks"
+"""What became of each group, by the ledger."""
 
 
 class TooSlow(ValueError):
@@ -214,7 +215,7 @@ class Rollouts:
         path = self._run.run_dir / "ledger.sqlite"
         seen = (_changed(path), _changed(path.with_name(path.name + "-wal")))
         if seen != self._fates_seen:
-            self._replace("fates", _fates(self._run))
+            self._replace("fates", ledger_table(self._run, FATES))
             self._fates_seen = seen
             self._db.execute(
                 "CREATE OR REPLACE VIEW known AS SELECT rollouts.*, fates.state, fates.reason, fates.trained "
@@ -233,12 +234,6 @@ def _changed(path: Any) -> float:
         return float(path.stat().st_mtime_ns)
     except FileNotFoundError:
         return 0.0
-
-
-def _fates(run: StoredRun) -> pa.Table:
-    """What became of each group: FATES. Empty where the run has no ledger."""
-    columns = list(zip(*read_fates(run.run_dir / "ledger.sqlite"), strict=True)) or [()] * len(FATES)
-    return pa.Table.from_arrays([pa.array(column, type=field.type) for column, field in zip(columns, FATES, strict=True)], schema=FATES)
 
 
 def busy(spans: Mapping[str, npt.NDArray[np.float64]], edges: npt.NDArray[np.float64]) -> dict[str, list[float]]:
