@@ -299,10 +299,10 @@ def _batch(db: sqlite3.Connection, version: int) -> list[str]:
     return [row[0] for row in (*fresh, *again)]
 
 
-def read_rows(path: Path, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+def read_rows(path: Path, query: str, values: Sequence[Any] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Names of the columns and rows of one SELECT over the tables of SCHEMA. Of a finished or a running run."""
     with _reading(path) as db:
-        cursor = db.execute(query)
+        cursor = db.execute(query, values)
         return [column[0] for column in cursor.description], cursor.fetchall()
 
 

@@ -277,11 +277,12 @@ def view_rollouts(db: Any, segments: Sequence[str]) -> None:
     """The view `rollouts` of a DuckDB connection: one row per rollout, the columns those of SCHEMA. It replaces an earlier one.
 
     To match columns by name DuckDB opens every file first, a second for a million rollouts; it is told to where the columns changed
-    between the first and the last segment, that is, where a later version of this program resumed the run.
+    between the first and the last segment, that is, where a later version of this program resumed the run. The newest segments come
+    first: a question for the newest rollouts then skips all others, by the extremes that each file states of its columns.
     """
     if segments:
         changed = pq.read_schema(segments[0]).names != pq.read_schema(segments[-1]).names
-        db.from_parquet(list(segments), union_by_name=changed).create_view("rollouts", replace=True)
+        db.from_parquet(list(segments)[::-1], union_by_name=changed).create_view("rollouts", replace=True)
     else:  # a table, since cursors see nothing that is only registered
         db.register("incoming", SCHEMA.empty_table())
         db.execute("CREATE OR REPLACE TABLE nothing AS SELECT * FROM incoming")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from infra.dashboard.feed import read_state
-from infra.view import clock
+from infra.view import clock, visible
 from rl_core.run_store import StoredRun
 
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.", envvar="POLYRL_RUNS_DIR")]
@@ -40,8 +40,8 @@ def finish(run: StoredRun) -> None:
         return
     state = read_state(run)
     seconds = f" in {clock(state.seconds)}" if state.seconds is not None else ""
-    typer.echo(f"\nrun {run.id}: {run.state}{seconds}" + (f": {state.reason}" if state.reason else ""))
+    typer.echo(f"\nrun {run.id}: {run.state}{seconds}" + (f": {visible(state.reason)}" if state.reason else ""))
     for env in state.environments.values():
         if env.before is not None:
-            typer.echo(f"  {env.name:<14} held-out {env.before}" + (f"  ->  {env.after}" if env.after else ""))
+            typer.echo(f"  {visible(env.name):<14} held-out {env.before}" + (f"  ->  {env.after}" if env.after else ""))
     typer.echo(f"  {report}\n  {report.with_name('curves.png')}\n  polyrl show {run.id}")

@@ -10,8 +10,6 @@ import sys
 
 import typer
 
-from environments.knobs import OptionError
-from environments.registry import BrokenEnvironment, UnknownEnvironment
 from infra.cli import (
     audits,
     chaos,
@@ -33,8 +31,6 @@ from infra.errors import UsageError
 from infra.view import visible
 from rl_core.config import ConfigError
 from rl_core.run_store import NoSuchRun
-
-USER_ERRORS = (ConfigError, UnknownEnvironment, BrokenEnvironment, OptionError, NoSuchRun, UsageError)
 
 app = typer.Typer(
     help="Asynchronous, multi-environment RL post-training for language models.",
@@ -63,11 +59,21 @@ for module in (
     module.register(app)
 
 
+def user_errors() -> tuple[type[ValueError], ...]:
+    """What a user can mend."""
+    from environments.knobs import OptionError  # Gymnasium comes with them, which nearly no command needs
+    from environments.registry import BrokenEnvironment, UnknownEnvironment
+
+    return ConfigError, UnknownEnvironment, BrokenEnvironment, OptionError, NoSuchRun, UsageError
+
+
 def main() -> None:
     """The console script."""
     try:
         app()
-    except USER_ERRORS as error:
+    except ValueError as error:
+        if not isinstance(error, user_errors()):
+            raise
         sys.stderr.write(f"polyrl: {visible(str(error), keep=chr(10))}\n")  # DuckDB and plugins quote what they were given
         sys.exit(2)
     except BrokenPipeError:

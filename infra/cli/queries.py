@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,20 +91,23 @@ def rollouts(
     if label and label not in LABELS:
         raise UsageError(f"--label {label}, wanted one of {', '.join(LABELS)}")
     stored = RunStore.find(runs_dir, run)
-    known = Rollouts(stored)
-    if show:
-        row = known.one(show, label)
-        if row is None:
-            raise UsageError(f"run {stored.id} has no rollout {show!r}; `polyrl rollouts {stored.id}` lists ids")
-        _show_whole(stored, row, json)
-        return
     wanted = Filter(
         env=env, status=status, label=label, text=search, min_reward=min_reward, max_reward=max_reward, min_step=step, max_step=step
     )
-    if json:
-        print_json(known.page(wanted, sort=sort, limit=limit))
-        return
-    rows = known.some(wanted, sort=sort, limit=limit)
+    with closing(Rollouts(stored)) as known:
+        if show:
+            row = known.one(show, label)
+            if row is None:
+                raise UsageError(f"run {stored.id} has no rollout {show!r}; `polyrl rollouts {stored.id}` lists ids")
+            _show_whole(stored, row, json)
+        elif json:
+            print_json(known.page(wanted, sort=sort, limit=limit))
+        else:
+            _print_list(known.some(wanted, sort=sort, limit=limit))
+            typer.echo(f"{known.count(wanted):,} in all")
+
+
+def _print_list(rows: list[dict[str, Any]]) -> None:
     typer.echo(f"{'rollout':<16} {'environment':<16} {'label':<8} {'status':<12} {'reward':>7} {'tokens':>7} {'seconds':>8} {'trained':>8}")
     for row in rows:
         typer.echo(
@@ -111,7 +115,6 @@ def rollouts(
             f" {number(row['reward'], '.3f'):>7} {number(row['num_sampled_tokens'], 'd'):>7} {number(row['seconds'], '.1f'):>8}"
             f" {number(row['trained'], 'd'):>8}"
         )
-    typer.echo(f"{len(rows)} of {known.count(wanted):,}")
 
 
 def _print_answer(answer: Answer) -> None:

@@ -79,7 +79,8 @@ def curves(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json
     for env in state.environments.values():
         rewards = env.values("reward")
         first, last = number(rewards[0] if rewards else None, ".2f"), number(env.recent("reward"), ".2f")
-        typer.echo(f"{env.name:<14} train {first} {sparkline(rewards, 60)} {last}   held-out {short(env.before)} -> {short(env.after)}")
+        train = f"train {first} {sparkline(rewards, 60)} {last}"
+        typer.echo(f"{visible(env.name):<14} {train}   held-out {short(env.before)} -> {short(env.after)}")
     report = write_report(stored, state)
     typer.echo(f"{report.with_name('curves.png')}\n{report}")
 
@@ -100,13 +101,14 @@ def ledger(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json
         typer.echo(f"{'environment':<14} {'drawn':>6} {'trained':>8} {'filtered':>9} {'abandoned':>10} {'passed':>7} {'open':>5}")
         for b in balances:
             mark = "" if b.balanced else "   DOES NOT ADD UP"
-            typer.echo(f"{b.env:<14} {b.drawn:>6} {b.trained:>8} {b.filtered:>9} {b.abandoned:>10} {b.passed:>7} {b.open:>5}{mark}")
+            counts = f"{b.drawn:>6} {b.trained:>8} {b.filtered:>9} {b.abandoned:>10} {b.passed:>7} {b.open:>5}"
+            typer.echo(f"{visible(b.env):<14} {counts}{mark}")
             if b.restarted:
                 typer.echo(f"{'':<14}   {b.restarted:>6}  cut off, and taken up again")
             if b.uses > b.trained:
                 typer.echo(f"{'':<14}   {b.uses - b.trained:>6}  trained once more")
             for reason, count in sorted(b.reasons.items(), key=lambda item: -item[1]):
-                typer.echo(f"{'':<14}   {count:>6}  {reason}")
+                typer.echo(visible(f"{'':<14}   {count:>6}  {reason}"))
     if not all(b.balanced for b in balances):
         raise typer.Exit(1)
 
@@ -120,7 +122,7 @@ def _print_table(state: RunState) -> None:
         staleness = max(env.values("staleness_max"), default=None)
         figures = env.to_json()
         typer.echo(
-            f"{env.name:<14} {env.before or '-'!s:>22} {env.after or '-'!s:>22} {number(env.gain and 100 * env.gain, '+.0f'):>7}"
+            f"{visible(env.name):<14} {env.before or '-'!s:>22} {env.after or '-'!s:>22} {number(env.gain and 100 * env.gain, '+.0f'):>7}"
             f" {number(env.last('groups_trained'), '.0f'):>7} {number(env.last('share'), '.0%') + '/' + format(env.share, '.0%'):>10}"
             f" {number(figures['staleness']['mean'], '.2f') + '/' + number(staleness, '.0f'):>9}"
             f" {number(figures['mtp_acceptance'], '.0%'):>8} {number(figures['tokens_per_engine_step'], '.2f'):>9}"
@@ -136,7 +138,7 @@ def _print_objective(state: RunState) -> None:
     typer.echo(f"{'':<14} {'masked':>8} {'clipped':>8} {'ess':>8} {'mismatch KL':>12} {'entropy':>8}")
     for env in trained:
         typer.echo(
-            f"{env.name:<14} {number(env.mean('masked_share'), '.2%'):>8} {number(env.mean('clip_share'), '.2%'):>8}"
+            f"{visible(env.name):<14} {number(env.mean('masked_share'), '.2%'):>8} {number(env.mean('clip_share'), '.2%'):>8}"
             f" {number(env.mean('ess'), '.3f'):>8} {number(env.mean('mismatch_kl'), '.2g'):>12} {number(env.mean('entropy'), '.3f'):>8}"
         )
 
@@ -154,7 +156,7 @@ def _print_buckets(state: RunState) -> None:
             rows.insert(0, "  ".join(f"pass@{k} {number(first.pass_at.get(k), '.0%')} -> {p:.0%}" for k, p in last.pass_at.items()))
         rows = [row for row in rows if row]
         for i, row in enumerate(rows):
-            typer.echo(f"{'' if i else env.name:<14} {row}")
+            typer.echo(visible(f"{'' if i else env.name:<14} {row}"))
 
 
 def breakdown(before: Buckets, after: Buckets) -> str:

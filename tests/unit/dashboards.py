@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +86,20 @@ def large_run(
     for part, first in enumerate(range(0, rollouts, segment)):
         ids = np.arange(first, min(first + segment, rollouts))
         pq.write_table(_rollouts(ids, envs), folder / "rollouts" / f"part-{part:05d}.parquet")
+    _draw_groups(folder / "ledger.sqlite", rollouts // 8, steps, envs)
     return folder
+
+
+def _draw_groups(path: Path, groups: int, steps: int, envs: list[str]) -> None:
+    """Every group trained, in order: written as rows, since a ledger counts one by one."""
+    Ledger(path).close()
+    rows = [(i, f"g{i:06d}", envs[i % len(envs)], f"key-{i}", i // len(envs), 1 + i * steps // groups) for i in range(groups)]
+    with closing(sqlite3.connect(path)) as db, db:
+        db.executemany(
+            "INSERT INTO tasks (ticket, group_id, env, task_key, position, version, state, uses, drawn_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, 'trained', 1, 1000)",
+            rows,
+        )
 
 
 def _rollouts(ids: np.ndarray, envs: list[str]) -> pa.Table:

@@ -212,7 +212,7 @@ def test_rollouts_lists_what_was_asked_for(polyrl: Call) -> None:
     assert ids("--max-reward", "0", "--limit", "2") == ["g000000-1", "g000001-0"]
     assert ids("--env", "code") == ids("--status", "truncated") == ids("--search", "nowhere") == ids("--label", "before") == []
     assert len(ids("--search", "3+4", "--label", "train", "--env", "math", "--status", "ok")) == 4
-    assert polyrl("rollouts")[1].splitlines()[-1] == "4 of 4"
+    assert polyrl("rollouts")[1].splitlines()[-1] == "4 in all"
     for wrong in (["--sort", "x"], ["--label", "x"], ["--show", "x"]):
         code, out, err = polyrl("rollouts", *wrong)
         assert (code, out) == (2, "")
@@ -230,6 +230,11 @@ def test_a_rollout_is_shown_whole(polyrl: Call) -> None:
 OBEYED = ("\x1b", "\x07", "\r", "\x9b", "\u202e", "\u2066", "\ud800")
 
 HOSTILE_CALLS = (
+    ("show",),
+    ("show", "--json"),
+    ("curves",),
+    ("ledger",),
+    ("ledger", "--json"),
     ("rollouts",),
     ("rollouts", "--json"),
     ("rollouts", "--show", "g000000-0"),

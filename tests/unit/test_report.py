@@ -4,11 +4,12 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from infra.dashboard.feed import read_state
-from infra.report import draw_curves, smooth, write_report
+from infra.dashboard.feed import moving_mean, read_state
+from infra.report import draw_curves, write_report
 from infra.run_state import RunState, fold
 from infra.view import EVENT_MARK, LiveView, PlainView, clock, describe, parse_line, render, sparkline
 from rl_core.events import Event
@@ -110,7 +111,15 @@ def test_an_environment_named_like_sql_is_only_a_name(tmp_path: Path) -> None:
     assert run.sql("SELECT count(*) AS n FROM rollouts")[0]["n"] == 2
     from infra.report import _samples
 
-    assert "it&#x27;s; DROP" in _samples(run, "it's; DROP")
+    sample = "".join(_samples(run, ["it's; DROP"]))
+    assert "it&#x27;s; DROP" in sample
+    assert sample.count("<details>") == 2
+
+
+def test_a_picture_is_drawn_whatever_an_environment_is_called() -> None:
+    state = fold(events())
+    state.environments["$x_{$ \ud800"] = state.environments.pop("math")
+    assert draw_curves(state).startswith(b"\x89PNG")
 
 
 def test_long_documents_are_cut_in_the_middle(tmp_path: Path) -> None:
@@ -121,9 +130,8 @@ def test_long_documents_are_cut_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_smoothing_keeps_the_length_and_the_mean_of_a_constant() -> None:
-    assert smooth([0.5] * 7, 5) == [0.5] * 7
-    assert smooth([0.0, 1.0], 9) == [0.5, 0.5]
-    assert smooth([], 9) == []
+    assert moving_mean(np.full(7, 0.5), 5).tolist() == [0.5] * 7
+    assert moving_mean(np.array([0.0, 1.0]), 9).tolist() == [0.5, 0.5]
 
 
 def test_a_sparkline_rises_with_its_values_and_never_overflows() -> None:
