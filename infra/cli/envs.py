@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,7 @@ def show(
     tasks: Annotated[int, typer.Option(min=1, help="How many tasks to show.")] = 2,
     split: Annotated[str, typer.Option(help="train or eval.")] = "train",
     seed: Annotated[int, typer.Option(help="Which tasks.")] = 0,
+    json: Json = False,
 ) -> None:
     """Show tasks of an environment, as the policy sees them and as the oracle solves them."""
     from itertools import islice
@@ -51,11 +53,19 @@ def show(
 
     check_split(split)
     env_class, knobs = resolve(env), read_options(options or [])
-    typer.echo((env_class.__doc__ or env_class.__name__).strip() + "\n")
-    session = env_class(**knobs)
-    for task in islice(env_class.tasks(split, seed, knobs), tasks):
-        play_aloud(session, task, oracle(session, task.seed), name="oracle", say=typer.echo, max_turns=MAX_TURNS)
-    session.close()
+    about = (env_class.__doc__ or env_class.__name__).strip()
+    shown: list[dict[str, Any]] = []
+    if not json:
+        typer.echo(f"{about}\n")
+    with closing(env_class(**knobs)) as session:
+        for task in islice(env_class.tasks(split, seed, knobs), tasks):
+            lines: list[str] = []
+            say = lines.append if json else typer.echo
+            verdict = play_aloud(session, task, oracle(session, task.seed), name="oracle", say=say, max_turns=MAX_TURNS)
+            reward = None if verdict is None else verdict.reward
+            shown.append({"key": task.key, "seed": task.seed, "difficulty": task.difficulty, "reward": reward, "lines": lines})
+    if json:
+        print_json({"env": env, "about": about, "tasks": shown})
 
 
 def sample(

@@ -14,6 +14,7 @@ from infra.cli import (
     audits,
     chaos,
     clusters,
+    configs,
     dashboard,
     envs,
     evals,
@@ -53,6 +54,7 @@ for module in (
     envs,
     rewards,
     models,
+    configs,
     tools,
     verifiers,
 ):

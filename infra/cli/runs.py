@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +20,7 @@ from infra.preflight import preflight
 from infra.run_state import fold
 from infra.view import EventLines, make_view
 from rl_core.config import RunConfig
-from rl_core.config_files import load_config, to_yaml
+from rl_core.config_files import differences, load_config, to_yaml
 from rl_core.run_store import RunStore, StoredRun, create_run_dir
 
 if TYPE_CHECKING:
@@ -118,24 +118,12 @@ MAY_CHANGE = (
 
 def refuse_changes(before: RunConfig, after: RunConfig) -> None:
     """Raise UsageError for the first changed key that would make it another run."""
-    old, new = flat(before), flat(after)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
+    for d in differences(before, after):
+        if not d.key.startswith(MAY_CHANGE):
             raise UsageError(
-                f"{key} was {old.get(key)} and cannot become {new.get(key)} in the same run; start a new one from its newest checkpoint "
+                f"{d.key} was {d.old!r} and cannot become {d.new!r} in the same run; start a new one from its newest checkpoint "
                 f"with model.path=RUN/checkpoints/STEP/model"
             )
-
-
-def flat(config: RunConfig) -> dict[str, str]:
-    """{dotted key: value} of a config's leaves."""
-
-    def walk(prefix: str, value: object) -> dict[str, str]:
-        if isinstance(value, dict) and value:
-            return {k: v for name, child in value.items() for k, v in walk(f"{prefix}.{name}" if prefix else str(name), child).items()}
-        return {prefix: repr(value)}
-
-    return walk("", asdict(config))
 
 
 def _launch(launch: ModuleType, checked: RunConfig, run_dir: Path) -> None:
