@@ -7,7 +7,6 @@ there, DuckDB is closed off: a question can read this run's segments and nothing
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import UsageError
+from infra.strict_json import plain
 from rl_core.events import Event
 from rl_core.ledger import read_rows
 from rl_core.run_store import StoredRun, view_rollouts
@@ -124,7 +124,7 @@ class Answer:
     def __iter__(self) -> Iterator[list[Any]]:
         while rows := self._cursor.fetchmany(1000):
             for row in rows:
-                yield [_plain(value) for value in row]
+                yield [plain(value) for value in row]
 
 
 @contextmanager
@@ -250,22 +250,11 @@ def _happened(run: StoredRun) -> pa.Table:
             kind, time, text = event.kind, event.time, bytes(event.data).decode()
         except msgspec.DecodeError:  # NaN and infinity are not JSON, but Python writes and reads them
             loose = Event.from_json(line.decode())
-            kind, time, text = loose.kind, loose.time, json.dumps(_plain(dict(loose.data)))
+            kind, time, text = loose.kind, loose.time, json.dumps(plain(dict(loose.data)))
         kinds.append(kind)
         times.append(time)
         data.append(text)
     return pa.table({"kind": pa.array(kinds, pa.string()), "time": pa.array(times, pa.float64()), "data": pa.array(data, pa.string())})
-
-
-def _plain(value: Any) -> Any:
-    """As JSON can hold it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): _plain(v) for name, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _sentence(error: duckdb.Error) -> str:

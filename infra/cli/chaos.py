@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infra.cli.common import Overrides, finish
-from infra.cli.runs import ConfigPath
+from infra.cli.common import ConfigPath, Overrides, finish
 from infra.errors import UsageError
 from infra.preflight import preflight
 from rl_core.config import RunConfig

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from infra.cli.completion import config_files, run_names
 from infra.dashboard.feed import read_state
+from infra.strict_json import dumps
 from infra.view import clock, visible
 from rl_core.run_store import StoredRun
 
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where run folders are.", envvar="POLYRL_RUNS_DIR")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of single keys, such as loop.steps=20.", show_default=False)]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, a unique part of it, its folder, or latest.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="Id of a run, a unique part of it, its folder, or latest.", autocompletion=run_names)
+]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/quickstart.yaml.", autocompletion=config_files)
+]
 
 
 def print_json(data: Any) -> None:
     """Indented JSON on standard output, nothing else beside it."""
-    json.dump(data, sys.stdout, indent=2)
-    sys.stdout.write("\n")
+    sys.stdout.write(dumps(data, indent=2) + "\n")
 
 
 def draw(run: StoredRun) -> Path | None:

@@ -8,14 +8,20 @@ from typing import Annotated
 
 import typer
 
-from infra.cli.common import Json, Overrides, RunsDir, print_json
+from infra.cli.common import ConfigPath, Json, Overrides, RunsDir, print_json
+from infra.cli.completion import config_files, configs_and_runs
 from infra.errors import UsageError
 from infra.preflight import preflight
 from rl_core.config import EnvironmentConfig, RunConfig
 from rl_core.config_files import ABSENT, differences, load_config, reference, to_yaml
 from rl_core.run_store import NoSuchRun, RunStore
 
-Side = Annotated[str, typer.Argument(help="YAML file; or a run: its id, a unique part of it, its folder, or latest.", show_default=False)]
+Side = Annotated[
+    str,
+    typer.Argument(
+        help="YAML file; or a run: its id, a unique part of it, its folder, or latest.", show_default=False, autocompletion=configs_and_runs
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +34,8 @@ def register(app: typer.Typer) -> None:
 
 def config_show(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file; without it, every key with type and default.")
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="YAML file; without it, every key with type and default.", autocompletion=config_files),
     ] = None,
     overrides: Overrides = None,
     json: Json = False,
@@ -49,7 +56,7 @@ def config_show(
         typer.echo(f"{key:<48} {kind:<6} {default}")
 
 
-def config_check(config: Annotated[Path, typer.Argument(metavar="CONFIG")], overrides: Overrides = None, json: Json = False) -> None:
+def config_check(config: ConfigPath, overrides: Overrides = None, json: Json = False) -> None:
     """Say what is wrong with a config, or that it can run here."""
     checked = load_config(config, overrides or [])
     preflight(checked)

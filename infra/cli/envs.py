@@ -10,9 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from infra.cli.common import Json, print_json
+from infra.cli.completion import environment_names
 from infra.errors import UsageError
 
 MAX_TURNS = 32
+
+Env = Annotated[str, typer.Argument(metavar="ENV", help="Id, or module:Class.", autocompletion=environment_names)]
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +41,7 @@ def list_(json: Json = False) -> None:
 
 
 def show(
-    env: Annotated[str, typer.Argument(metavar="ENV", help="Id, or module:Class.")],
+    env: Env,
     options: Annotated[list[str] | None, typer.Argument(help="Options, such as max_digits=2.", show_default=False)] = None,
     tasks: Annotated[int, typer.Option(min=1, help="How many tasks to show.")] = 2,
     split: Annotated[str, typer.Option(help="train or eval.")] = "train",
@@ -69,7 +72,7 @@ def show(
 
 
 def sample(
-    env: Annotated[str, typer.Argument(metavar="ENV", help="Id, or module:Class.")],
+    env: Env,
     options: Annotated[list[str] | None, typer.Argument(help="Options, such as max_digits=2.", show_default=False)] = None,
     hand: Annotated[bool, typer.Option("--hand", help="Answer yourself.")] = False,
     model: Annotated[str | None, typer.Option(metavar="FOLDER", help="Let a checkpoint answer, sampled through Transformers.")] = None,
@@ -111,7 +114,7 @@ def check_split(split: str) -> None:
 
 
 def check(
-    env: Annotated[str, typer.Argument(metavar="ENV", help="Id, or module:Class.")],
+    env: Env,
     options: Annotated[list[str] | None, typer.Argument(help="Options, such as max_digits=2.", show_default=False)] = None,
     json: Json = False,
 ) -> None:

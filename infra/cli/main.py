@@ -36,7 +36,6 @@ from rl_core.run_store import NoSuchRun
 app = typer.Typer(
     help="Asynchronous, multi-environment RL post-training for language models.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -72,7 +71,7 @@ def user_errors() -> tuple[type[ValueError], ...]:
 def main() -> None:
     """The console script."""
     try:
-        app()
+        app(prog_name="polyrl")  # also where it is called as a module: completion asks by this name
     except ValueError as error:
         if not isinstance(error, user_errors()):
             raise

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infra.cli.common import Overrides, RunName, RunsDir, draw, finish
+from infra.cli.common import ConfigPath, Overrides, RunName, RunsDir, draw, finish
 from infra.errors import UsageError
 from infra.preflight import preflight
 from infra.run_state import fold
@@ -25,9 +25,6 @@ from rl_core.run_store import RunStore, StoredRun, create_run_dir
 
 if TYPE_CHECKING:
     from infra.jobs import Head
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/quickstart.yaml.")]
-
 
 RunId = Annotated[
     str,

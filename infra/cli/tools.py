@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from infra.cli.common import Json, print_json
+from infra.cli.completion import benchmark_names
 
 
 def register(app: typer.Typer) -> None:
@@ -16,7 +17,10 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A benchmark of tests/benchmarks; without it, list them.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A benchmark of tests/benchmarks; without it, list them.", autocompletion=benchmark_names),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure: paired, interleaved repetitions within one run."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -24,6 +22,7 @@ from infra.dashboard.live import fingerprint, ticks
 from infra.dashboard.rollouts import Filter, TooSlow
 from infra.dashboard.timeline import timeline
 from infra.dashboard.tokens import token_view
+from infra.strict_json import dumps
 from infra.view import describe_event
 from rl_core.ledger import read_balance
 from rl_core.run_store import NoSuchRun
@@ -37,13 +36,8 @@ Page = Annotated[int, Query(ge=0, le=10_000_000)]
 
 
 class Json(JSONResponse):
-    """ASCII alone, since a policy writes lone surrogates, which UTF-8 cannot hold; null for what JSON has no number for."""
-
     def render(self, content: Any) -> bytes:
-        try:
-            return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
-        except ValueError:
-            return json.dumps(_finite(content), separators=(",", ":"), allow_nan=False).encode("ascii")
+        return dumps(content, separators=(",", ":")).encode("ascii")
 
 
 def make_app(library: Library, *, host: str = "127.0.0.1", port: int, token: str = "") -> ASGIApp:
@@ -247,16 +241,6 @@ def _histogram(feed: Feed, names: list[str], bins: int, logarithmic: bool) -> di
         "counts": {name: np.histogram(v, edges)[0].tolist() for name, v in used.items()},
         "not_positive": {name: int((v <= 0).sum()) for name, v in columns.items()} if logarithmic else {},
     }
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, dict):
-        return {str(key): _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return content
 
 
 __all__ = ["make_app"]
