@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +32,7 @@ import pyarrow.parquet as pq
 from rl_core.config import RunConfig
 from rl_core.config_files import to_yaml
 from rl_core.events import Event
+from rl_core.segments import Retention, list_segments, number_of, write_atomically
 from rl_core.types import Group, Rollout
 
 LABELS = ("train", "before", "during", "after", "honeypot")
@@ -93,7 +93,8 @@ class NoSuchRun(ValueError):
 class RunStore:
     """The writer. Thread-safe; `close` returns once everything is on disk."""
 
-    def __init__(self, run_dir: Path, *, keep_tokens: bool = False) -> None:
+    def __init__(self, run_dir: Path, *, keep_tokens: bool = False, max_bytes: int | None = None) -> None:
+        """`max_bytes` of rollouts: beyond them the oldest ones of training go (rl_core/segments.py). None keeps all."""
         self.run_dir, self._keep_tokens = run_dir, keep_tokens
         (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
         _end_torn_line(run_dir / "events.jsonl")
@@ -106,7 +107,8 @@ class RunStore:
         self._lock = threading.Lock()
         self._rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
-        self._first_segment = len(list((run_dir / "rollouts").glob("part-*.parquet")))
+        self._first_segment = max((number_of(p) + 1 for p in list_segments(run_dir / "rollouts")), default=0)
+        self._retention = None if max_bytes is None else Retention(run_dir / "rollouts", max_bytes)
         self._writer = threading.Thread(target=self._write_segments, name="run-store", daemon=True)
         self._writer.start()
 
@@ -154,11 +156,17 @@ class RunStore:
                 pass
             if rows and (not open_ or len(rows) >= SEGMENT_ROWS or time.monotonic() >= due):
                 try:
-                    write_atomically(self.run_dir / "rollouts" / f"part-{number:05d}.parquet", rows)
+                    self._write_segment(number, rows)
                 except BaseException as error:  # noqa: BLE001 - kept, and raised by the next add_groups or by close
                     self._failure = error
                     return
                 number, rows = number + 1, []
+
+    def _write_segment(self, number: int, rows: list[dict[str, Any]]) -> None:
+        path = self.run_dir / "rollouts" / f"part-{number:05d}.parquet"
+        write_atomically(path, pa.Table.from_pylist(rows, schema=SCHEMA))
+        if self._retention is not None and (said := self._retention.written(path)):
+            self.emit(Event(kind="note", data={"text": said}))
 
     @staticmethod
     def find(runs_dir: Path, name: str) -> StoredRun:
@@ -202,15 +210,6 @@ def list_runs(runs_dir: Path) -> list[StoredRun]:
     """All stored runs, oldest first."""
     folders = [p.parent for p in runs_dir.glob("*/config.yaml") if not p.parent.is_symlink()]
     return [StoredRun(f) for f in sorted(folders, key=lambda f: ((f / "config.yaml").stat().st_mtime_ns, f.name))]
-
-
-def write_atomically(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A Parquet file that appears whole or not at all, also if the machine stops now."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), temporary, compression="zstd")
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +259,7 @@ class StoredRun:
 
     def segments(self) -> list[str]:
         """The files of its rollouts that are whole, oldest first."""
-        return sorted(str(p) for p in (self.run_dir / "rollouts").absolute().glob("part-*.parquet"))
+        return [str(p) for p in list_segments((self.run_dir / "rollouts").absolute())]
 
     def sql(self, query: str) -> list[dict[str, Any]]:
         """Rows of a SQL query over the view `rollouts` (DuckDB; columns are those of SCHEMA)."""
