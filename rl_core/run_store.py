@@ -225,17 +225,15 @@ class StoredRun:
     @property
     def state(self) -> str:
         """finished, stopped, failed; or running; or killed, if its process ended without a word."""
-        last = None
+        outcome = ""
         for event in self.events(steps=False):
             if event.kind in ("run_started", "run_finished"):
-                last = event
-        return self.state_after(last)
+                outcome = str(event.data.get("outcome", ""))
+        return self.state_after(outcome)
 
-    def state_after(self, last: Event | None) -> str:
-        """`state`, if `last` was the last start or end of the run that its events tell of."""
-        if last is not None and last.kind == "run_finished":
-            return str(last.data["outcome"])
-        return "running" if self.is_being_written else "killed"
+    def state_after(self, outcome: str) -> str:
+        """`state`, if the last start or end that its events tell of had this outcome; a start has none."""
+        return outcome or ("running" if self.is_being_written else "killed")
 
     @property
     def is_being_written(self) -> bool:

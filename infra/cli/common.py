@@ -45,7 +45,7 @@ def finish(run: StoredRun) -> None:
         return
     state = read_state(run)
     seconds = f" in {clock(state.seconds)}" if state.seconds is not None else ""
-    typer.echo(f"\nrun {run.id}: {run.state}{seconds}" + (f": {visible(state.reason)}" if state.reason else ""))
+    typer.echo(f"\nrun {run.id}: {run.state_after(state.outcome)}{seconds}" + (f": {visible(state.reason)}" if state.reason else ""))
     for env in state.environments.values():
         if env.before is not None:
             typer.echo(f"  {visible(env.name):<14} held-out {env.before}" + (f"  ->  {env.after}" if env.after else ""))

@@ -29,7 +29,7 @@ def runs(runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
     rows = []
     for run in list_runs(runs_dir):
         state = read_state(run)
-        outcome = state.outcome or ("running" if run.is_being_written else "killed")
+        outcome = run.state_after(state.outcome)
         gains = {
             name: {"before": e.before and e.before.pass_rate, "after": e.after and e.after.pass_rate}
             for name, e in state.environments.items()
@@ -48,10 +48,11 @@ def show(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json =
     """Show one run: held-out scores before and after, and what was measured in between."""
     stored = RunStore.find(runs_dir, run)
     state = read_state(stored)
+    outcome = stored.state_after(state.outcome)
     if json:
-        print_json({"state": stored.state, "run_dir": str(stored.run_dir), **state.to_json(), "run": stored.id})
+        print_json({"state": outcome, "run_dir": str(stored.run_dir), **state.to_json(), "run": stored.id})
         return
-    typer.echo(f"run {stored.id}  {stored.state}  step {state.version}/{state.steps}  {clock(state.seconds)}")
+    typer.echo(f"run {stored.id}  {outcome}  step {state.version}/{state.steps}  {clock(state.seconds)}")
     if state.reason:
         typer.echo(visible(f"  {state.reason}"))
     typer.echo(f"  {totals(state)}\n")

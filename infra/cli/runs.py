@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from infra.cli.common import ConfigPath, Overrides, RunName, RunsDir, draw, finish
+from infra.dashboard.feed import read_state
 from infra.errors import UsageError
 from infra.preflight import preflight
-from infra.run_state import fold
 from infra.view import EventLines, make_view
 from rl_core.config import RunConfig
 from rl_core.config_files import differences, load_config, to_yaml
@@ -91,12 +91,11 @@ def resume(run: RunName = "latest", overrides: Overrides = None, runs_dir: RunsD
 
 def reopen(stored: StoredRun, before: RunConfig, after: RunConfig) -> int | None:
     """Raise UsageError if `stored` cannot go on under `after`; its number of steps if nothing is left to do, else None."""
-    state = stored.state
-    if state == "running":
+    state = read_state(stored)
+    if stored.state_after(state.outcome) == "running":
         raise UsageError(f"run {stored.id} is running; stop it first")
     refuse_changes(before, after)
-    steps = fold(stored.events()).version
-    return steps if state == "finished" and steps >= after.loop.steps else None
+    return state.version if state.outcome == "finished" and state.version >= after.loop.steps else None
 
 
 MAY_CHANGE = (

@@ -84,7 +84,7 @@ class Feed:
             shares = {name: env.share for name, env in state.environments.items()}
             return {
                 "run": self.run.id,
-                "state": state.outcome or ("running" if self.run.is_being_written else "killed"),
+                "state": self.run.state_after(state.outcome),
                 "reason": state.reason,
                 "phase": state.phase,
                 "detail": state.detail,

@@ -106,7 +106,7 @@ def _glance(run: StoredRun, path: Path) -> dict[str, Any]:
     step = next((int(e.data["version"]) for e in last[::-1] if e.kind == "step"), 0)
     return {
         "run": run.id,
-        "state": run.state_after(turn),
+        "state": run.state_after(str(end.data["outcome"]) if end else ""),
         "reason": str(end.data.get("reason", "")) if end else "",
         "started": first[0].time if first else None,
         "updated": last[-1].time if last else None,
