@@ -54,7 +54,7 @@ log = logging.getLogger("polyrl")
 
 def run(config: RunConfig, *, run_dir: Path, sinks: Sequence[Sink]) -> int:
     """Run `config` to its end in `run_dir`. Returns 0, or 1 if the run failed or was stopped; its cause is an event."""
-    store = RunStore(run_dir, keep_tokens=config.store.keep_tokens)
+    store = RunStore(run_dir, keep_tokens=config.store.keep_tokens, max_bytes=config.store.max_bytes)
     out = Fan([store, *sinks])
     trackers = open_trackers(config, run_dir, asdict(config), lambda text: out.emit(Event(kind="note", data={"text": text})))
     out.add(*trackers)

@@ -8,9 +8,6 @@ import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from environments.registry import resolve
-from environments.sandbox import SandboxUnavailable, choose_sandbox
-from environments.sandbox.choose import close_sandboxes
 from infra.errors import UsageError
 from infra.trackers.background import check_trackers
 from rl_core.chat import chat_format
@@ -43,6 +40,9 @@ def preflight(config: RunConfig, *, runs_here: bool = True) -> None:
 
 def check_environment(config: RunConfig, name: str) -> None:
     """It must exist, and draw a task with these options."""
+    from environments.registry import resolve  # here and below, since Gymnasium takes a tenth of a second of every command
+    from environments.sandbox import SandboxUnavailable
+
     env = config.environments[name]
     env_class = resolve(env.id or name)
     named = [key for key, reward in env.rewards.items() if reward.kind == "component"]
@@ -73,6 +73,10 @@ def check_components(name: str, named: Collection[str], components: Sequence[str
 
 def check_sandbox(config: RunConfig, name: str) -> None:
     """An environment that runs the policy's programs needs something that isolates them."""
+    from environments.registry import resolve
+    from environments.sandbox import SandboxUnavailable, choose_sandbox
+    from environments.sandbox.choose import close_sandboxes
+
     env = config.environments[name]
     if not resolve(env.id or name).needs_sandbox:
         return

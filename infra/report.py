@@ -14,8 +14,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from infra.run_state import EnvState, RunState, Score, fold
-from infra.view import clock, number
+import numpy as np
+
+from infra.dashboard.feed import moving_mean, read_state
+from infra.run_state import EnvState, RunState, Score
+from infra.view import clock, number, visible
 from rl_core.run_store import StoredRun
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -29,9 +32,9 @@ MAX_SAMPLE_CHARACTERS = 1500
 """Of each message of a sample rollout; a document of the long_context environment has thousands."""
 
 
-def write_report(run: StoredRun) -> Path:
-    """Draw both files into the run's folder; returns the path of report.html."""
-    state = fold(run.events())
+def write_report(run: StoredRun, state: RunState | None = None) -> Path:
+    """Draw both files into the run's folder; returns the path of report.html. `state` is the run's, where it is known already."""
+    state = state or read_state(run)
     picture = draw_curves(state)
     (run.run_dir / "curves.png").write_bytes(picture)
     path = run.run_dir / "report.html"
@@ -59,7 +62,7 @@ def draw_curves(state: RunState) -> bytes:
             axis.set_xlabel("policy version (optimizer steps)")
         if i % columns == 0:
             axis.set_ylabel("reward")
-    figure.suptitle(f"{state.run}: reward by environment, one asynchronous run", fontsize=11)
+    figure.suptitle(f"{_plain(state.run)}: reward by environment, one asynchronous run", fontsize=11)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
@@ -67,12 +70,12 @@ def draw_curves(state: RunState) -> bytes:
 
 def draw_environment(axis: Any, env: EnvState, colour: str, *, last_step: int) -> None:
     """One panel."""
-    points = env.series.get("reward", [])
+    points = env.points("reward")
     if points:
         x, y = [p[0] for p in points], [p[1] for p in points]
         axis.plot(x, y, color=colour, alpha=0.25, linewidth=1, label="train, each step")
-        axis.plot(x, smooth(y, SMOOTHING), color=colour, linewidth=2, label=f"train, mean of {SMOOTHING} steps")
-    scores = [s for s in (env.before, *env.during, env.after) if s is not None]
+        axis.plot(x, moving_mean(np.array(y), SMOOTHING), color=colour, linewidth=2, label=f"train, mean of {SMOOTHING} steps")
+    scores = env.scores
     if scores:
         middle = [s.pass_rate for s in scores]
         below = [max(0.0, s.pass_rate - s.ci95[0]) for s in scores]
@@ -81,7 +84,7 @@ def draw_environment(axis: Any, env: EnvState, colour: str, *, last_step: int) -
             [s.version for s in scores], middle, yerr=[below, above], color="black", marker="o", markersize=4, capsize=4, linewidth=1,
             linestyle="--", label="held-out, 95 % interval",
         )  # fmt: skip
-    title = env.name if env.before is None else f"{env.name}: held-out {env.before.pass_rate:.0%}"
+    title = _plain(env.name) + ("" if env.before is None else f": held-out {env.before.pass_rate:.0%}")
     axis.set_title(title + (f" → {env.after.pass_rate:.0%}" if env.before and env.after else ""), fontsize=10)
     axis.set_ylim(-0.03, 1.03)
     axis.set_xlim(-0.02 * last_step, 1.02 * last_step)
@@ -92,11 +95,9 @@ def draw_environment(axis: Any, env: EnvState, colour: str, *, last_step: int) -
         axis.legend(fontsize=7, loc="lower right", frameon=False)
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred moving average, narrower at the ends."""
-    half = window // 2
-    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
+def _plain(name: str) -> str:
+    """A name as Matplotlib draws it: no surrogates, which it refuses, and no formula between dollars."""
+    return visible(name).replace("$", r"\$")
 
 
 def render_html(run: StoredRun, state: RunState, picture: bytes) -> str:
@@ -121,7 +122,7 @@ def render_html(run: StoredRun, state: RunState, picture: bytes) -> str:
         _speed(figures),
         *_notes(state),
         "<h2>Sample rollouts</h2>",
-        *(_samples(run, name) for name in state.environments),
+        *_samples(run, list(state.environments)),
         "<h2>Config</h2>",
         f"<details><summary>config.yaml</summary><pre>{_text(_config(run))}</pre></details>",
     ]
@@ -196,17 +197,17 @@ def _notes(state: RunState) -> list[str]:
     return ["<h2>Notes</h2>", "<ul>", *(f"<li>{_text(note)}</li>" for note in state.notes), "</ul>"]
 
 
-def _samples(run: StoredRun, env: str) -> str:
-    """Rollouts of the same held-out tasks, before and after."""
-    name = env.replace("'", "''")
-    parts = [f"<h3>{_text(env)}</h3>"]
-    for label in ("before", "after"):
-        rows = run.sql(
-            f"SELECT rollout_id, reward, status, messages, min_version, seconds FROM rollouts WHERE env = '{name}' AND label = '{label}' "
-            f"ORDER BY rollout_id LIMIT {SAMPLES_PER_ENVIRONMENT}"
-        )
-        parts += [_sample(label, row) for row in rows]
-    return "\n".join(parts)
+def _samples(run: StoredRun, envs: Sequence[str]) -> list[str]:
+    """Rollouts of the same held-out tasks, before and after; of all environments at once, since a question reads every segment."""
+    rows = run.sql(
+        "SELECT env, label, rollout_id, reward, status, messages, min_version, seconds FROM rollouts WHERE label IN ('before', 'after') "
+        f"QUALIFY row_number() OVER (PARTITION BY env, label ORDER BY rollout_id) <= {SAMPLES_PER_ENVIRONMENT} ORDER BY rollout_id"
+    )
+    parts = []
+    for env in envs:
+        mine = [_sample(label, row) for label in ("before", "after") for row in rows if (row["env"], row["label"]) == (env, label)]
+        parts.append("\n".join([f"<h3>{_text(env)}</h3>", *mine]))
+    return parts
 
 
 def _sample(label: str, row: dict[str, Any]) -> str:

@@ -69,12 +69,15 @@ class EnvState:
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """Metric name without `env/<id>/` -> [(policy version, value)]; a step without a value leaves no point."""
 
+    def points(self, metric: str) -> list[tuple[int, float]]:
+        return points(self.series, metric)
+
     def last(self, metric: str) -> float | None:
-        points = self.series.get(metric)
-        return points[-1][1] if points else None
+        found = points(self.series, metric)
+        return found[-1][1] if found else None
 
     def values(self, metric: str) -> list[float]:
-        return [value for _, value in self.series.get(metric, [])]
+        return [value for _, value in points(self.series, metric)]
 
     def recent(self, metric: str, window: int = 10) -> float | None:
         """Mean of the last values: one step has few rollouts of one environment."""
@@ -85,6 +88,11 @@ class EnvState:
         """Over all steps that had the metric."""
         values = self.values(metric)
         return fmean(values) if values else None
+
+    @property
+    def scores(self) -> list[Score]:
+        """Held-out evaluations, in order."""
+        return [s for s in (self.before, *self.during, self.after) if s is not None]
 
     @property
     def gain(self) -> float | None:
@@ -148,11 +156,11 @@ class RunState:
             self.phase, self.detail = self.outcome, self.reason
 
     def last(self, metric: str) -> float | None:
-        points = self.series.get(metric)
-        return points[-1][1] if points else None
+        found = points(self.series, metric)
+        return found[-1][1] if found else None
 
     def values(self, metric: str) -> list[float]:
-        return [value for _, value in self.series.get(metric, [])]
+        return [value for _, value in points(self.series, metric)]
 
     def env(self, name: str) -> EnvState:
         return self.environments.setdefault(name, EnvState(name=name, share=0.0))
@@ -220,6 +228,14 @@ def fold(events: Iterable[Event]) -> RunState:
     for event in events:
         state.apply(event)
     return state
+
+
+def points(series: dict[str, list[tuple[int, float]]], metric: str) -> list[tuple[int, float]]:
+    """Of one metric; none if no step had it. (A dict that makes its series when asked, `Feed.folded`, has no use for `get`.)"""
+    try:
+        return series[metric]
+    except KeyError:
+        return []
 
 
 def _mean(values: list[float]) -> float | None:

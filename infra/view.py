@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -20,6 +21,9 @@ from rl_core.events import Event
 
 EVENT_MARK = "@polyrl "
 """Starts the one line per event that the driver of a job prints among its log lines."""
+
+MAX_LISTED = 12
+"""Environments that one line names."""
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -78,7 +82,7 @@ class PlainView:
         """Nothing is held back."""
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
 
 class LiveView:
@@ -97,7 +101,7 @@ class LiveView:
             self._draw()
 
     def log(self, line: str) -> None:
-        self._live.console.print(Text(line, style="dim"))
+        self._live.console.print(Text(visible(line), style="dim"))
 
     def close(self) -> None:
         self._draw()
@@ -115,7 +119,8 @@ def render(state: RunState) -> RenderableType:
         table.add_column(title, justify="left" if title in ("environment", "") else "right", no_wrap=True)
     for env in state.environments.values():
         table.add_row(*env_cells(env))
-    return Group(header(state), table, Text(totals(state), style="dim"), *(Text(f"! {note}", style="yellow") for note in state.notes[-3:]))
+    notes = (Text(f"! {visible(note)}", style="yellow") for note in state.notes[-3:])
+    return Group(header(state), table, Text(totals(state), style="dim"), *notes)
 
 
 def header(state: RunState) -> RenderableType:
@@ -125,7 +130,7 @@ def header(state: RunState) -> RenderableType:
     elapsed = None if state.started is None or state.updated is None else state.updated - state.started
     row.add_row(
         Text(f"polyrl {state.run}", style="bold cyan"),
-        Text(f"{state.phase}{': ' if state.detail else ''}{state.detail}", style=style),
+        Text(visible(f"{state.phase}{': ' if state.detail else ''}{state.detail}"), style=style),
         ProgressBar(total=max(state.steps, 1), completed=state.version, width=24),
         f"step {state.version}/{state.steps}",
         f"{clock(elapsed)} elapsed",
@@ -138,7 +143,7 @@ def env_cells(env: EnvState) -> list[str]:
     """One environment as a row of the table."""
     staleness = [env.last("staleness_mean"), max(env.values("staleness_max"), default=None)]
     return [
-        env.name,
+        visible(env.name),
         number(env.recent("reward"), ".2f"),
         sparkline(env.values("reward"), 24),
         short(env.before),
@@ -167,20 +172,30 @@ def totals(state: RunState) -> str:
 
 def describe(event: Event, state: RunState) -> str:
     """One event as one line; `state` already knows it."""
+    return describe_step(state) if event.kind == "step" else describe_event(event)
+
+
+def describe_event(event: Event) -> str:
+    """One event, a step excepted, as one line."""
     data = event.data
     if event.kind == "run_started":
-        return f"run {state.run}: {state.steps} steps over {', '.join(state.environments)}"
+        return f"run {data['run']}: {data['steps']} steps over {_listed(list(data['environments']), ', ')}"
     if event.kind == "phase":
-        return f"{state.phase}: {state.detail}" if state.detail else state.phase
+        return f"{data['name']}: {data['detail']}" if data.get("detail") else str(data["name"])
     if event.kind == "eval":
         scores = [f"{name} {Score.of(0, row)}" for name, row in data["environments"].items()]
-        return f"held-out, {data['label']}, version {data['version']}: " + "; ".join(scores)
-    if event.kind == "step":
-        return describe_step(state)
+        return f"held-out, {data['label']}, version {data['version']}: {_listed(scores, '; ')}"
     if event.kind == "note":
         return f"note: {data['text']}"
-    seconds = f" after {clock(state.seconds)}" if state.seconds is not None else ""
-    return f"{state.outcome}{seconds}" + (f": {state.reason}" if state.reason else "")
+    assert event.kind == "run_finished", event.kind
+    seconds = f" after {clock(data['seconds'])}" if data.get("seconds") is not None else ""
+    return f"{data['outcome']}{seconds}" + (f": {data['reason']}" if data.get("reason") else "")
+
+
+def _listed(names: Sequence[str], between: str) -> str:
+    """The first ones, if there are very many."""
+    more = f"{between}and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return between.join(names[:MAX_LISTED]) + more
 
 
 def describe_step(state: RunState) -> str:
@@ -224,3 +239,10 @@ def clock(seconds: float | None) -> str:
         return "-"
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def visible(text: str, keep: str = "") -> str:
+    """`text` with nothing in it that a terminal obeys or hides: controls, ANSI, direction marks and surrogates become escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -324,6 +324,14 @@ class StoreConfig:
 
     keep_tokens: bool = False
     """Whether the ids, logprobs and policy versions of every token are stored with its rollout: what the dashboard's token view shows."""
+    max_gib: float = 0.0
+    """GiB of rollouts that a run keeps: beyond them its oldest rollouts of training are removed, with a note; 0 keeps all. Held-out
+    rollouts stay, and so does everything that `polyrl ledger` or a resumed run needs."""
+
+    @property
+    def max_bytes(self) -> int | None:
+        """None keeps all."""
+        return int(self.max_gib * 2**30) if self.max_gib else None
 
 
 @dataclass

@@ -51,6 +51,7 @@ def validate(config: RunConfig) -> None:
     _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
     _one_of("model.tool_format", c.model.tool_format, ("auto", "hermes", "xml"))
     _one_of("sandbox", c.sandbox, ("auto", "docker", "bubblewrap"))
+    _at_least("store.max_gib", c.store.max_gib, 0, "0 keeps all")
     _at_least("eval.tasks", c.eval.tasks, 0)
     _at_least("eval.samples", c.eval.samples, 1)
     _at_least("eval.every", c.eval.every, 0)

@@ -6,9 +6,10 @@ A typo, a wrong type or a value out of range is a `ConfigError` with one sentenc
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -86,6 +87,48 @@ def check_keys(tree: dict[Any, Any], cls: type, prefix: str, source: str) -> Non
                         f"{source}: {prefix}rewards.{name} is {child!r}, wanted a mapping such as {{kind: judge, model: ...}}"
                     )
                 check_keys(child, RewardConfig, f"{prefix}rewards.{name}.", source)
+
+
+class Absent(Enum):
+    """What a config has under a key that it lacks: an option of an environment that the other one sets."""
+
+    ABSENT = "(absent)"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+ABSENT = Absent.ABSENT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One key that two configs set otherwise; ABSENT where one of them lacks it."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}  {self.old!r} -> {self.new!r}"
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[Difference]:
+    """Every key whose value differs, by name."""
+    a, b = flat(asdict(old)), flat(asdict(new))
+    found = [Difference(key=key, old=a.get(key, ABSENT), new=b.get(key, ABSENT)) for key in sorted(a.keys() | b.keys())]
+    return [d for d in found if d.old != d.new]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"loop.steps": 40, ...}: the leaves of a tree; empty parts are left out."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def reference(cls: type = RunConfig, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -23,6 +23,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from rl_core.types import Task
 
@@ -287,7 +288,7 @@ class Ledger:
 
 def read_batch(path: Path, version: int) -> list[str]:
     """The groups that made `version`, in the order in which they were trained; empty if none did. Of a finished or a running run."""
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+    with _reading(path) as db:
         return _batch(db, version)
 
 
@@ -298,12 +299,11 @@ def _batch(db: sqlite3.Connection, version: int) -> list[str]:
     return [row[0] for row in (*fresh, *again)]
 
 
-def read_fates(path: Path) -> list[tuple[str, str, str, int | None]]:
-    """(group id, state, reason, version that it made) of every task drawn in a run, finished or running; none where there is no ledger."""
-    if not path.is_file():
-        return []
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
-        return db.execute("SELECT group_id, state, reason, version FROM tasks").fetchall()
+def read_rows(path: Path, query: str, values: Sequence[Any] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Names of the columns and rows of one SELECT over the tables of SCHEMA. Of a finished or a running run."""
+    with _reading(path) as db:
+        cursor = db.execute(query, values)
+        return [column[0] for column in cursor.description], cursor.fetchall()
 
 
 def read_balance(path: Path) -> list[Balance]:
@@ -311,14 +311,11 @@ def read_balance(path: Path) -> list[Balance]:
 
     What was drawn is counted by tickets, which have no gaps; what became of it by states: a lost or doubled row shows.
     """
-    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    try:
+    with _reading(path) as db:
         rows = db.execute(
             "SELECT env, state, reason, count(*), sum(attempt > 1), sum(uses) FROM tasks GROUP BY env, state, reason"
         ).fetchall()
         positions = dict(db.execute("SELECT env, max(position) + 1 FROM tasks GROUP BY env").fetchall())
-    finally:
-        db.close()
     balances = []
     for env in sorted({r[0] for r in rows}):
         mine = [row[1:] for row in rows if row[0] == env]
@@ -335,3 +332,12 @@ def read_balance(path: Path) -> list[Balance]:
             )
         )  # fmt: skip
     return balances
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """The ledger at `path`, to read; an empty one where the run has drawn no task yet."""
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True) if path.is_file() else sqlite3.connect(":memory:")) as db:
+        if not path.is_file():
+            db.executescript(SCHEMA)
+        yield db

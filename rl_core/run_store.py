@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +32,7 @@ import pyarrow.parquet as pq
 from rl_core.config import RunConfig
 from rl_core.config_files import to_yaml
 from rl_core.events import Event
+from rl_core.segments import Retention, list_segments, number_of, write_atomically
 from rl_core.types import Group, Rollout
 
 LABELS = ("train", "before", "during", "after", "honeypot")
@@ -82,6 +82,10 @@ SCHEMA = pa.schema(
 )
 
 
+STEP = Event(kind="step", data={}, time=0.0).to_json().split(",")[0]
+"""How the line of a step starts."""
+
+
 class NoSuchRun(ValueError):
     """There is no stored run of that name."""
 
@@ -89,7 +93,8 @@ class NoSuchRun(ValueError):
 class RunStore:
     """The writer. Thread-safe; `close` returns once everything is on disk."""
 
-    def __init__(self, run_dir: Path, *, keep_tokens: bool = False) -> None:
+    def __init__(self, run_dir: Path, *, keep_tokens: bool = False, max_bytes: int | None = None) -> None:
+        """`max_bytes` of rollouts: beyond them the oldest ones of training go (rl_core/segments.py). None keeps all."""
         self.run_dir, self._keep_tokens = run_dir, keep_tokens
         (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
         _end_torn_line(run_dir / "events.jsonl")
@@ -102,7 +107,8 @@ class RunStore:
         self._lock = threading.Lock()
         self._rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
-        self._first_segment = len(list((run_dir / "rollouts").glob("part-*.parquet")))
+        self._first_segment = max((number_of(p) + 1 for p in list_segments(run_dir / "rollouts")), default=0)
+        self._retention = None if max_bytes is None else Retention(run_dir / "rollouts", max_bytes)
         self._writer = threading.Thread(target=self._write_segments, name="run-store", daemon=True)
         self._writer.start()
 
@@ -150,11 +156,17 @@ class RunStore:
                 pass
             if rows and (not open_ or len(rows) >= SEGMENT_ROWS or time.monotonic() >= due):
                 try:
-                    write_atomically(self.run_dir / "rollouts" / f"part-{number:05d}.parquet", rows)
+                    self._write_segment(number, rows)
                 except BaseException as error:  # noqa: BLE001 - kept, and raised by the next add_groups or by close
                     self._failure = error
                     return
                 number, rows = number + 1, []
+
+    def _write_segment(self, number: int, rows: list[dict[str, Any]]) -> None:
+        path = self.run_dir / "rollouts" / f"part-{number:05d}.parquet"
+        write_atomically(path, pa.Table.from_pylist(rows, schema=SCHEMA))
+        if self._retention is not None and (said := self._retention.written(path)):
+            self.emit(Event(kind="note", data={"text": said}))
 
     @staticmethod
     def find(runs_dir: Path, name: str) -> StoredRun:
@@ -200,15 +212,6 @@ def list_runs(runs_dir: Path) -> list[StoredRun]:
     return [StoredRun(f) for f in sorted(folders, key=lambda f: ((f / "config.yaml").stat().st_mtime_ns, f.name))]
 
 
-def write_atomically(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A Parquet file that appears whole or not at all, also if the machine stops now."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), temporary, compression="zstd")
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
 @dataclass(frozen=True, slots=True)
 class StoredRun:
     """The reader: of a run that ended, was killed, or still goes on."""
@@ -222,25 +225,26 @@ class StoredRun:
     @property
     def state(self) -> str:
         """finished, stopped, failed; or running; or killed, if its process ended without a word."""
-        last = None
-        for event in self.events():
+        outcome = ""
+        for event in self.events(steps=False):
             if event.kind in ("run_started", "run_finished"):
-                last = event
-        return self.state_after(last)
+                outcome = str(event.data.get("outcome", ""))
+        return self.state_after(outcome)
 
-    def state_after(self, last: Event | None) -> str:
-        """`state`, if `last` was the last start or end of the run that its events tell of."""
-        if last is not None and last.kind == "run_finished":
-            return str(last.data["outcome"])
-        return "running" if self.is_being_written else "killed"
+    def state_after(self, outcome: str) -> str:
+        """`state`, if the last start or end that its events tell of had this outcome; a start has none."""
+        return outcome or ("running" if self.is_being_written else "killed")
 
     @property
     def is_being_written(self) -> bool:
         """Whether a process holds the run open."""
         return _is_locked(self.run_dir / "events.jsonl")
 
-    def events(self) -> Iterator[Event]:
-        """All whole events so far, oldest first. A torn last line is a write in progress, or the last breath of a killed run."""
+    def events(self, *, steps: bool = True) -> Iterator[Event]:
+        """All whole events so far, oldest first. A torn last line is a write in progress, or the last breath of a killed run.
+
+        Nearly all of a long run's events are steps; without them, their lines are not parsed.
+        """
         path = self.run_dir / "events.jsonl"
         if not path.is_file():
             return
@@ -248,12 +252,12 @@ class StoredRun:
             for line in file:
                 if not line.endswith("\n"):
                     return
-                if line.strip():
+                if line.strip() and (steps or not line.startswith(STEP)):
                     yield Event.from_json(line)
 
     def segments(self) -> list[str]:
         """The files of its rollouts that are whole, oldest first."""
-        return sorted(str(p) for p in (self.run_dir / "rollouts").glob("part-*.parquet"))
+        return [str(p) for p in list_segments((self.run_dir / "rollouts").absolute())]
 
     def sql(self, query: str) -> list[dict[str, Any]]:
         """Rows of a SQL query over the view `rollouts` (DuckDB; columns are those of SCHEMA)."""
@@ -267,9 +271,15 @@ class StoredRun:
 
 
 def view_rollouts(db: Any, segments: Sequence[str]) -> None:
-    """The view `rollouts` of a DuckDB connection: one row per rollout, the columns those of SCHEMA. It replaces an earlier one."""
+    """The view `rollouts` of a DuckDB connection: one row per rollout, the columns those of SCHEMA. It replaces an earlier one.
+
+    To match columns by name DuckDB opens every file first, a second for a million rollouts; it is told to where the columns changed
+    between the first and the last segment, that is, where a later version of this program resumed the run. The newest segments come
+    first: a question for the newest rollouts then skips all others, by the extremes that each file states of its columns.
+    """
     if segments:
-        db.from_parquet(list(segments), union_by_name=True).create_view("rollouts", replace=True)
+        changed = pq.read_schema(segments[0]).names != pq.read_schema(segments[-1]).names
+        db.from_parquet(list(segments)[::-1], union_by_name=changed).create_view("rollouts", replace=True)
     else:  # a table, since cursors see nothing that is only registered
         db.register("incoming", SCHEMA.empty_table())
         db.execute("CREATE OR REPLACE TABLE nothing AS SELECT * FROM incoming")
@@ -343,4 +353,4 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-__all__ = ["LABELS", "SCHEMA", "NoSuchRun", "RunStore", "StoredRun", "create_run_dir", "list_runs"]
+__all__ = ["LABELS", "SCHEMA", "NoSuchRun", "RunStore", "StoredRun", "create_run_dir", "list_runs", "view_rollouts"]

@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from infra.cli.common import Overrides, finish
-from infra.cli.runs import ConfigPath, flat
+from infra.cli.common import ConfigPath, Overrides, finish
 from infra.errors import UsageError
 from infra.preflight import preflight
 from rl_core.config import RunConfig
-from rl_core.config_files import load_config
+from rl_core.config_files import differences, load_config
 from rl_core.run_store import RunStore, StoredRun, list_runs
 
 MAY_DIFFER = ("name", "runs_dir", "model.path", "rollout.", "sandbox", "loop.stall_s", "learner.checkpoint_every", "eval.every")
@@ -100,8 +99,7 @@ def undisturbed_run(baseline: str, config: Path, overrides: list[str], wanted: R
     found = RunStore.find(runs_dir, baseline)
     if found.state != "finished":
         raise UsageError(f"run {found.id} is {found.state}; --baseline wants one that has finished")
-    old, new_keys = flat(load_config(found.run_dir / "config.yaml", [f"model.path={wanted.model.path}"])), flat(wanted)
-    for key in sorted(old.keys() | new_keys.keys()):
-        if old.get(key) != new_keys.get(key) and not key.startswith(MAY_DIFFER):
-            raise UsageError(f"run {found.id} has {key}={old.get(key)}, this one {new_keys.get(key)}: their scores cannot be compared")
+    for d in differences(load_config(found.run_dir / "config.yaml", [f"model.path={wanted.model.path}"]), wanted):
+        if not d.key.startswith(MAY_DIFFER):
+            raise UsageError(f"run {found.id} has {d.key}={d.old!r}, this one {d.new!r}: their scores cannot be compared")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from infra.cli.common import Json, print_json
+from infra.cli.completion import environment_names
 from infra.errors import UsageError
 
 MAX_TURNS = 32
+
+Env = Annotated[str, typer.Argument(metavar="ENV", help="Id, or module:Class.", autocompletion=environment_names)]
 
 
 def register(app: typer.Typer) -> None:
@@ -37,11 +41,12 @@ def list_(json: Json = False) -> None:
 
 
 def show(
-    env: Annotated[str, typer.Argument(metavar="ENV", help="Id, or module:Class.")],
+    env: Env,
     options: Annotated[list[str] | None, typer.Argument(help="Options, such as max_digits=2.", show_default=False)] = None,
     tasks: Annotated[int, typer.Option(min=1, help="How many tasks to show.")] = 2,
     split: Annotated[str, typer.Option(help="train or eval.")] = "train",
     seed: Annotated[int, typer.Option(help="Which tasks.")] = 0,
+    json: Json = False,
 ) -> None:
     """Show tasks of an environment, as the policy sees them and as the oracle solves them."""
     from itertools import islice
@@ -51,15 +56,23 @@ def show(
 
     check_split(split)
     env_class, knobs = resolve(env), read_options(options or [])
-    typer.echo((env_class.__doc__ or env_class.__name__).strip() + "\n")
-    session = env_class(**knobs)
-    for task in islice(env_class.tasks(split, seed, knobs), tasks):
-        play_aloud(session, task, oracle(session, task.seed), name="oracle", say=typer.echo, max_turns=MAX_TURNS)
-    session.close()
+    about = (env_class.__doc__ or env_class.__name__).strip()
+    shown: list[dict[str, Any]] = []
+    if not json:
+        typer.echo(f"{about}\n")
+    with closing(env_class(**knobs)) as session:
+        for task in islice(env_class.tasks(split, seed, knobs), tasks):
+            lines: list[str] = []
+            say = lines.append if json else typer.echo
+            verdict = play_aloud(session, task, oracle(session, task.seed), name="oracle", say=say, max_turns=MAX_TURNS)
+            reward = None if verdict is None else verdict.reward
+            shown.append({"key": task.key, "seed": task.seed, "difficulty": task.difficulty, "reward": reward, "lines": lines})
+    if json:
+        print_json({"env": env, "about": about, "tasks": shown})
 
 
 def sample(
-    env: Annotated[str, typer.Argument(metavar="ENV", help="Id, or module:Class.")],
+    env: Env,
     options: Annotated[list[str] | None, typer.Argument(help="Options, such as max_digits=2.", show_default=False)] = None,
     hand: Annotated[bool, typer.Option("--hand", help="Answer yourself.")] = False,
     model: Annotated[str | None, typer.Option(metavar="FOLDER", help="Let a checkpoint answer, sampled through Transformers.")] = None,
@@ -101,7 +114,7 @@ def check_split(split: str) -> None:
 
 
 def check(
-    env: Annotated[str, typer.Argument(metavar="ENV", help="Id, or module:Class.")],
+    env: Env,
     options: Annotated[list[str] | None, typer.Argument(help="Options, such as max_digits=2.", show_default=False)] = None,
     json: Json = False,
 ) -> None:

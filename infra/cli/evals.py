@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from infra.cli.common import Json, RunsDir, print_json
+from infra.cli.completion import run_names
 from infra.cli.models import checkpoint_of
 from infra.errors import UsageError
 from infra.preflight import preflight
@@ -24,7 +25,12 @@ def register(app: typer.Typer) -> None:
 
 
 Target = Annotated[
-    str, typer.Argument(metavar="RUN_OR_MODEL", help="Checkpoint folder; or a run: its id, a unique part of it, its folder, or latest.")
+    str,
+    typer.Argument(
+        metavar="RUN_OR_MODEL",
+        help="Checkpoint folder; or a run: its id, a unique part of it, its folder, or latest.",
+        autocompletion=run_names,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,

@@ -10,16 +10,16 @@ import sys
 
 import typer
 
-from environments.knobs import OptionError
-from environments.registry import BrokenEnvironment, UnknownEnvironment
 from infra.cli import (
     audits,
     chaos,
     clusters,
+    configs,
     dashboard,
     envs,
     evals,
     models,
+    queries,
     replays,
     results,
     rewards,
@@ -29,15 +29,13 @@ from infra.cli import (
     verifiers,
 )
 from infra.errors import UsageError
+from infra.view import visible
 from rl_core.config import ConfigError
 from rl_core.run_store import NoSuchRun
-
-USER_ERRORS = (ConfigError, UnknownEnvironment, BrokenEnvironment, OptionError, NoSuchRun, UsageError)
 
 app = typer.Typer(
     help="Asynchronous, multi-environment RL post-training for language models.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -47,6 +45,7 @@ for module in (
     chaos,
     clusters,
     results,
+    queries,
     dashboard,
     evals,
     replays,
@@ -54,18 +53,29 @@ for module in (
     envs,
     rewards,
     models,
+    configs,
     tools,
     verifiers,
 ):
     module.register(app)
 
 
+def user_errors() -> tuple[type[ValueError], ...]:
+    """What a user can mend."""
+    from environments.knobs import OptionError  # Gymnasium comes with them, which nearly no command needs
+    from environments.registry import BrokenEnvironment, UnknownEnvironment
+
+    return ConfigError, UnknownEnvironment, BrokenEnvironment, OptionError, NoSuchRun, UsageError
+
+
 def main() -> None:
     """The console script."""
     try:
-        app()
-    except USER_ERRORS as error:
-        sys.stderr.write(f"polyrl: {error}\n")
+        app(prog_name="polyrl")  # also where it is called as a module: completion asks by this name
+    except ValueError as error:
+        if not isinstance(error, user_errors()):
+            raise
+        sys.stderr.write(f"polyrl: {visible(str(error), keep=chr(10))}\n")  # DuckDB and plugins quote what they were given
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our pipe has gone, for example `polyrl show latest | head`

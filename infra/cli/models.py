@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from infra.cli.common import RunName, RunsDir
+from infra.dashboard.feed import read_state
 from infra.errors import UsageError
-from infra.run_state import fold
 from rl_core.config_files import load_config
 from rl_core.process_env import cpu_environment
 from rl_core.run_store import RunStore, StoredRun
@@ -102,7 +102,7 @@ def checkpoint_of(stored: StoredRun, step: int | None) -> Path:
 
 def card(stored: StoredRun, name: str, counts: dict[str, int]) -> str:
     """What the model is, for whoever finds the folder."""
-    state, config = fold(stored.events()), load_config(stored.run_dir / "config.yaml")
+    state, config = read_state(stored), load_config(stored.run_dir / "config.yaml")
     scores = "\n".join(f"| {e.name} | {e.before or '-'} | {e.after or '-'} |" for e in state.environments.values())
     mtp, draft = counts["mtp_parameters"], ""
     if mtp:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from infra.cli.common import Json, RunName, RunsDir, print_json
-from infra.cli.runs import flat
 from infra.errors import UsageError
 from rl_core.config import RunConfig
-from rl_core.config_files import load_config
+from rl_core.config_files import differences, load_config
 from rl_core.process_env import cpu_environment
 from rl_core.run_store import RunStore, StoredRun
 
@@ -74,11 +73,9 @@ def changed_config(path: Path, config: RunConfig, changes: list[str]) -> RunConf
     given = {o.split("=")[0] for o in overrides}
     reset = [f"{bound}=null" for rule, bounds in OWN_BOUNDS.items() if rule in given for bound in bounds if bound not in given]
     other = load_config(path, [*reset, *overrides])
-    old, new = flat(config), flat(other)
-    for key in sorted(old.keys() | new.keys()):
-        allowed = key.startswith(MAY_DIFFER) or (key.startswith("environments.") and ".overlong" in key)
-        if old.get(key) != new.get(key) and not allowed:
-            raise UsageError(f"--with {key}: a replay can change the objective alone: {', '.join(k.rstrip('._') for k in MAY_DIFFER)}")
+    for d in differences(config, other):
+        if not d.key.startswith(MAY_DIFFER) and not (d.key.startswith("environments.") and ".overlong" in d.key):
+            raise UsageError(f"--with {d.key}: a replay can change the objective alone: {', '.join(k.rstrip('._') for k in MAY_DIFFER)}")
     return other
 
 

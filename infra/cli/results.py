@@ -8,9 +8,10 @@ from pathlib import Path
 import typer
 
 from infra.cli.common import Json, RunName, RunsDir, print_json
+from infra.dashboard.feed import read_state
 from infra.errors import UsageError
-from infra.run_state import RunState, fold
-from infra.view import clock, number, short, sparkline, totals
+from infra.run_state import RunState
+from infra.view import clock, number, short, sparkline, totals, visible
 from rl_core.run_store import RunStore, StoredRun, list_runs
 
 Buckets = Mapping[str, Mapping[str, float]]
@@ -27,32 +28,33 @@ def runs(runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
     """List all runs, oldest first."""
     rows = []
     for run in list_runs(runs_dir):
-        state = fold(run.events())
+        state = read_state(run)
+        outcome = run.state_after(state.outcome)
         gains = {
             name: {"before": e.before and e.before.pass_rate, "after": e.after and e.after.pass_rate}
             for name, e in state.environments.items()
         }
-        rows.append({"run": run.id, "state": run.state, "step": state.version, "steps": state.steps, "pass_rate": gains})
+        rows.append({"run": run.id, "state": outcome, "step": state.version, "steps": state.steps, "pass_rate": gains})
+        if not json:
+            scores = "  ".join(f"{e.name} {short(e.before)} -> {short(e.after)}" for e in state.environments.values())
+            typer.echo(visible(f"{run.id}  {outcome:<9} {state.version}/{state.steps}  {scores}"))
     if json:
         print_json(rows)
-        return
-    for row, run in zip(rows, list_runs(runs_dir), strict=True):
-        scores = "  ".join(f"{e.name} {short(e.before)} -> {short(e.after)}" for e in fold(run.events()).environments.values())
-        typer.echo(f"{row['run']}  {row['state']:<9} {row['step']}/{row['steps']}  {scores}")
-    if not rows:
+    elif not rows:
         typer.echo(f"no run in {str(runs_dir)!r}")
 
 
 def show(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
     """Show one run: held-out scores before and after, and what was measured in between."""
     stored = RunStore.find(runs_dir, run)
-    state = fold(stored.events())
+    state = read_state(stored)
+    outcome = stored.state_after(state.outcome)
     if json:
-        print_json({"state": stored.state, "run_dir": str(stored.run_dir), **state.to_json(), "run": stored.id})
+        print_json({"state": outcome, "run_dir": str(stored.run_dir), **state.to_json(), "run": stored.id})
         return
-    typer.echo(f"run {stored.id}  {stored.state}  step {state.version}/{state.steps}  {clock(state.seconds)}")
+    typer.echo(f"run {stored.id}  {outcome}  step {state.version}/{state.steps}  {clock(state.seconds)}")
     if state.reason:
-        typer.echo(f"  {state.reason}")
+        typer.echo(visible(f"  {state.reason}"))
     typer.echo(f"  {totals(state)}\n")
     _print_table(state)
     _print_buckets(state)
@@ -60,19 +62,27 @@ def show(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json =
     typer.echo(f"\n{_rollout_counts(stored)}\n{stored.run_dir}")
 
 
-def curves(run: RunName = "latest", runs_dir: RunsDir = Path("runs")) -> None:
+def curves(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json = False) -> None:
     """Draw a run's reward curves into the terminal, and again into curves.png and report.html."""
     from infra.report import write_report
 
     stored = RunStore.find(runs_dir, run)
-    state = fold(stored.events())
+    state = read_state(stored)
     if not state.run:
         raise UsageError(f"run {stored.id} has no events yet")
+    if json:
+        rows = {
+            e.name: {"share": e.share, "reward": e.points("reward"), "held_out": [s.to_json() for s in e.scores]}
+            for e in state.environments.values()
+        }
+        print_json(rows)
+        return
     for env in state.environments.values():
         rewards = env.values("reward")
         first, last = number(rewards[0] if rewards else None, ".2f"), number(env.recent("reward"), ".2f")
-        typer.echo(f"{env.name:<14} train {first} {sparkline(rewards, 60)} {last}   held-out {short(env.before)} -> {short(env.after)}")
-    report = write_report(stored)
+        train = f"train {first} {sparkline(rewards, 60)} {last}"
+        typer.echo(f"{visible(env.name):<14} {train}   held-out {short(env.before)} -> {short(env.after)}")
+    report = write_report(stored, state)
     typer.echo(f"{report.with_name('curves.png')}\n{report}")
 
 
@@ -92,13 +102,14 @@ def ledger(run: RunName = "latest", runs_dir: RunsDir = Path("runs"), json: Json
         typer.echo(f"{'environment':<14} {'drawn':>6} {'trained':>8} {'filtered':>9} {'abandoned':>10} {'passed':>7} {'open':>5}")
         for b in balances:
             mark = "" if b.balanced else "   DOES NOT ADD UP"
-            typer.echo(f"{b.env:<14} {b.drawn:>6} {b.trained:>8} {b.filtered:>9} {b.abandoned:>10} {b.passed:>7} {b.open:>5}{mark}")
+            counts = f"{b.drawn:>6} {b.trained:>8} {b.filtered:>9} {b.abandoned:>10} {b.passed:>7} {b.open:>5}"
+            typer.echo(f"{visible(b.env):<14} {counts}{mark}")
             if b.restarted:
                 typer.echo(f"{'':<14}   {b.restarted:>6}  cut off, and taken up again")
             if b.uses > b.trained:
                 typer.echo(f"{'':<14}   {b.uses - b.trained:>6}  trained once more")
             for reason, count in sorted(b.reasons.items(), key=lambda item: -item[1]):
-                typer.echo(f"{'':<14}   {count:>6}  {reason}")
+                typer.echo(visible(f"{'':<14}   {count:>6}  {reason}"))
     if not all(b.balanced for b in balances):
         raise typer.Exit(1)
 
@@ -112,7 +123,7 @@ def _print_table(state: RunState) -> None:
         staleness = max(env.values("staleness_max"), default=None)
         figures = env.to_json()
         typer.echo(
-            f"{env.name:<14} {env.before or '-'!s:>22} {env.after or '-'!s:>22} {number(env.gain and 100 * env.gain, '+.0f'):>7}"
+            f"{visible(env.name):<14} {env.before or '-'!s:>22} {env.after or '-'!s:>22} {number(env.gain and 100 * env.gain, '+.0f'):>7}"
             f" {number(env.last('groups_trained'), '.0f'):>7} {number(env.last('share'), '.0%') + '/' + format(env.share, '.0%'):>10}"
             f" {number(figures['staleness']['mean'], '.2f') + '/' + number(staleness, '.0f'):>9}"
             f" {number(figures['mtp_acceptance'], '.0%'):>8} {number(figures['tokens_per_engine_step'], '.2f'):>9}"
@@ -128,7 +139,7 @@ def _print_objective(state: RunState) -> None:
     typer.echo(f"{'':<14} {'masked':>8} {'clipped':>8} {'ess':>8} {'mismatch KL':>12} {'entropy':>8}")
     for env in trained:
         typer.echo(
-            f"{env.name:<14} {number(env.mean('masked_share'), '.2%'):>8} {number(env.mean('clip_share'), '.2%'):>8}"
+            f"{visible(env.name):<14} {number(env.mean('masked_share'), '.2%'):>8} {number(env.mean('clip_share'), '.2%'):>8}"
             f" {number(env.mean('ess'), '.3f'):>8} {number(env.mean('mismatch_kl'), '.2g'):>12} {number(env.mean('entropy'), '.3f'):>8}"
         )
 
@@ -146,7 +157,7 @@ def _print_buckets(state: RunState) -> None:
             rows.insert(0, "  ".join(f"pass@{k} {number(first.pass_at.get(k), '.0%')} -> {p:.0%}" for k, p in last.pass_at.items()))
         rows = [row for row in rows if row]
         for i, row in enumerate(rows):
-            typer.echo(f"{'' if i else env.name:<14} {row}")
+            typer.echo(visible(f"{'' if i else env.name:<14} {row}"))
 
 
 def breakdown(before: Buckets, after: Buckets) -> str:

@@ -7,27 +7,24 @@ import re
 import signal
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infra.cli.common import Overrides, RunName, RunsDir, draw, finish
+from infra.cli.common import ConfigPath, Overrides, RunName, RunsDir, draw, finish
+from infra.dashboard.feed import read_state
 from infra.errors import UsageError
 from infra.preflight import preflight
-from infra.run_state import fold
 from infra.view import EventLines, make_view
 from rl_core.config import RunConfig
-from rl_core.config_files import load_config, to_yaml
+from rl_core.config_files import differences, load_config, to_yaml
 from rl_core.run_store import RunStore, StoredRun, create_run_dir
 
 if TYPE_CHECKING:
     from infra.jobs import Head
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/quickstart.yaml.")]
-
 
 RunId = Annotated[
     str,
@@ -94,12 +91,11 @@ def resume(run: RunName = "latest", overrides: Overrides = None, runs_dir: RunsD
 
 def reopen(stored: StoredRun, before: RunConfig, after: RunConfig) -> int | None:
     """Raise UsageError if `stored` cannot go on under `after`; its number of steps if nothing is left to do, else None."""
-    state = stored.state
-    if state == "running":
+    state = read_state(stored)
+    if stored.state_after(state.outcome) == "running":
         raise UsageError(f"run {stored.id} is running; stop it first")
     refuse_changes(before, after)
-    steps = fold(stored.events()).version
-    return steps if state == "finished" and steps >= after.loop.steps else None
+    return state.version if state.outcome == "finished" and state.version >= after.loop.steps else None
 
 
 MAY_CHANGE = (
@@ -118,24 +114,12 @@ MAY_CHANGE = (
 
 def refuse_changes(before: RunConfig, after: RunConfig) -> None:
     """Raise UsageError for the first changed key that would make it another run."""
-    old, new = flat(before), flat(after)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
+    for d in differences(before, after):
+        if not d.key.startswith(MAY_CHANGE):
             raise UsageError(
-                f"{key} was {old.get(key)} and cannot become {new.get(key)} in the same run; start a new one from its newest checkpoint "
+                f"{d.key} was {d.old!r} and cannot become {d.new!r} in the same run; start a new one from its newest checkpoint "
                 f"with model.path=RUN/checkpoints/STEP/model"
             )
-
-
-def flat(config: RunConfig) -> dict[str, str]:
-    """{dotted key: value} of a config's leaves."""
-
-    def walk(prefix: str, value: object) -> dict[str, str]:
-        if isinstance(value, dict) and value:
-            return {k: v for name, child in value.items() for k, v in walk(f"{prefix}.{name}" if prefix else str(name), child).items()}
-        return {prefix: repr(value)}
-
-    return walk("", asdict(config))
 
 
 def _launch(launch: ModuleType, checked: RunConfig, run_dir: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infra.cli.common import Json, Overrides, RunsDir, print_json
+from infra.cli.completion import config_files, run_names
 from infra.errors import UsageError
 from infra.view import clock
 from rl_core.config_files import load_config
@@ -29,8 +30,14 @@ def simulate(
     seed: Annotated[int, typer.Option(help="The first run's seed; the others count up.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     fault: Annotated[list[str] | None, typer.Option(help="Only this kind of fault; may be given several times.")] = None,
-    plan: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Plan a run of this config; overrides are of its keys.")] = None,
-    measured: Annotated[str | None, typer.Option("--from", metavar="RUN", help="Plan with lengths and times of this stored run.")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="Plan a run of this config; overrides are of its keys.", autocompletion=config_files),
+    ] = None,
+    measured: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RUN", help="Plan with lengths and times of this stored run.", autocompletion=run_names),
+    ] = None,
     given: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="[ENV.]NAME=NUMBER", help="Plan with this number: math.mean_tokens=300, learner_step_s=4, ..."),

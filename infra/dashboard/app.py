@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -24,6 +22,8 @@ from infra.dashboard.live import fingerprint, ticks
 from infra.dashboard.rollouts import Filter, TooSlow
 from infra.dashboard.timeline import timeline
 from infra.dashboard.tokens import token_view
+from infra.strict_json import dumps
+from infra.view import describe_event
 from rl_core.ledger import read_balance
 from rl_core.run_store import NoSuchRun
 
@@ -36,19 +36,13 @@ Page = Annotated[int, Query(ge=0, le=10_000_000)]
 
 
 class Json(JSONResponse):
-    """ASCII alone, since a policy writes lone surrogates, which UTF-8 cannot hold; null for what JSON has no number for."""
-
     def render(self, content: Any) -> bytes:
-        try:
-            return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
-        except ValueError:
-            return json.dumps(_finite(content), separators=(",", ":"), allow_nan=False).encode("ascii")
+        return dumps(content, separators=(",", ":")).encode("ascii")
 
 
-def make_app(runs_dir: Path, *, host: str = "127.0.0.1", port: int, token: str = "") -> ASGIApp:
+def make_app(library: Library, *, host: str = "127.0.0.1", port: int, token: str = "") -> ASGIApp:
     """The whole dashboard, guarded. Raises ValueError where `host` needs a token."""
     app = FastAPI(title="polyrl dashboard", docs_url=None, redoc_url=None, openapi_url=None, default_response_class=Json)
-    library = Library(runs_dir)
     _serve_page(app)
     _serve_curves(app, library)
     _serve_questions(app, library)
@@ -124,7 +118,7 @@ def _serve_curves(app: FastAPI, library: Library) -> None:
     @app.get("/api/runs/{run}/events")
     def events(run: str) -> Any:
         happened = feed(run).happened[-5000:]
-        return Json([{"kind": e.kind, "time": e.time, "text": _sentence(e.kind, e.data)} for e in happened])
+        return Json([{"kind": e.kind, "time": e.time, "text": describe_event(e)} for e in happened])
 
 
 def _serve_questions(app: FastAPI, library: Library) -> None:
@@ -247,30 +241,6 @@ def _histogram(feed: Feed, names: list[str], bins: int, logarithmic: bool) -> di
         "counts": {name: np.histogram(v, edges)[0].tolist() for name, v in used.items()},
         "not_positive": {name: int((v <= 0).sum()) for name, v in columns.items()} if logarithmic else {},
     }
-
-
-def _sentence(kind: str, data: Any) -> str:
-    """One line for the list of events."""
-    if kind == "note":
-        return str(data["text"])
-    if kind == "phase":
-        return f"{data['name']}" + (f": {data['detail']}" if data.get("detail") else "")
-    if kind == "run_started":
-        return f"{data['run']}, {data['steps']} steps, {len(data['environments'])} environments"
-    if kind == "run_finished":
-        return f"{data['outcome']}" + (f": {data['reason']}" if data.get("reason") else "")
-    scores = ", ".join(f"{name} {result['pass_rate']:.0%}" for name, result in list(data["environments"].items())[:12])
-    return f"held-out, {data['label']}, version {data['version']}: {scores}"
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, dict):
-        return {str(key): _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return content
 
 
 __all__ = ["make_app"]

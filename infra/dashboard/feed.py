@@ -9,6 +9,7 @@ import math
 import threading
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import msgspec
@@ -83,7 +84,7 @@ class Feed:
             shares = {name: env.share for name, env in state.environments.items()}
             return {
                 "run": self.run.id,
-                "state": state.outcome or ("running" if self.run.is_being_written else "killed"),
+                "state": self.run.state_after(state.outcome),
                 "reason": state.reason,
                 "phase": state.phase,
                 "detail": state.detail,
@@ -142,6 +143,20 @@ class Feed:
         with self._lock:
             found = {name: np.array(self._columns[name], np.float64) for name in names if name in self._columns}
             return found | {"version": np.array(self._versions, np.float64), "time": np.array(self._times, np.float64)}
+
+    def folded(self) -> RunState:
+        """What `fold` makes of the events; the points of a series are made when somebody asks for them, as few views need many."""
+        with self._lock:
+            state, versions = deepcopy(self.state), list(self._versions)
+            run: dict[str, array[float]] = {}
+            environments: dict[str, dict[str, array[float]]] = {}
+            for name, column in self._columns.items():
+                _, env, metric = name.split("/", 2) if name.startswith("env/") else ("", "", name)
+                (environments.setdefault(env, {}) if env else run)[metric] = column[:]
+        state.series = _Series(versions, run)
+        for env, columns in environments.items():
+            state.env(env).series = _Series(versions, columns)
+        return state
 
     def latest(self, metric: str, window: int = 10) -> dict[str, float | None]:
         """environment -> mean of the last values of `env/<id>/<metric>`."""
@@ -208,6 +223,23 @@ class Feed:
             column.pop()
 
 
+class _Series(dict[str, list[tuple[int, float]]]):
+    """Metric -> [(policy version, value)], made of its column at the first look."""
+
+    def __init__(self, versions: list[int], columns: dict[str, array[float]]) -> None:
+        self._versions, self._columns = versions, columns
+
+    def __missing__(self, metric: str) -> list[tuple[int, float]]:
+        column = self._columns[metric]
+        self[metric] = [(version, value) for version, value in zip(self._versions, column, strict=True) if value == value]
+        return self[metric]
+
+
+def read_state(run: StoredRun) -> RunState:
+    """All that a stored run's events say, several times as fast as `fold`."""
+    return Feed(run).refresh().folded()
+
+
 def moving_mean(values: Floats, window: int) -> Floats:
     """Centred, narrower at the ends; steps without a value do not count."""
     if window <= 1 or not len(values):
@@ -242,4 +274,4 @@ def _family(metric: str) -> str:
     return "env/*/" + metric.split("/", 2)[2]
 
 
-__all__ = ["Feed", "moving_mean"]
+__all__ = ["Feed", "moving_mean", "read_state"]

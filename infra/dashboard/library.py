@@ -25,6 +25,10 @@ EDGE = 2 << 20
 """Bytes at each end of a long run's events: a step of 200 environments is about 300 KB."""
 
 
+READ_AHEAD = 256 << 20
+"""Bytes of events up to which the newest run is read before somebody asks for it: a second or two of one core."""
+
+
 class OpenRun:
     """One run, and what is known of it so far."""
 
@@ -61,20 +65,33 @@ class Library:
                 self._open.popitem(last=False)
             return found
 
+    def read_ahead(self, seconds: float) -> None:
+        """Begin to read the newest run, which most visitors look at first; wait for it, at most so long."""
+        newest = next(iter(self.stored()), None)
+        if newest is not None and _size(newest) <= READ_AHEAD:
+            reader = threading.Thread(target=self.find(newest.id).feed.refresh, name="read-ahead", daemon=True)
+            reader.start()
+            reader.join(seconds)
+
     def overview(self) -> list[dict[str, Any]]:
         """One row per run, newest first."""
         return [self._row(run) for run in self.stored()]
 
     def _row(self, run: StoredRun) -> dict[str, Any]:
-        path = run.run_dir / "events.jsonl"
-        size = path.stat().st_size if path.is_file() else 0
+        size = _size(run)
         if run.id in self._open:
             return self._open[run.id].feed.refresh().summary()
         known, row = self._rows.get(run.id, (-1, {}))
         if known != size or row["state"] == "running":  # which ends without an event when the run is killed
-            row = Feed(run).refresh().summary() if size <= READ_WHOLE else _glance(run, path)
+            row = Feed(run).refresh().summary() if size <= READ_WHOLE else _glance(run, run.run_dir / "events.jsonl")
             self._rows[run.id] = (size, row)
         return row
+
+
+def _size(run: StoredRun) -> int:
+    """Bytes of its events."""
+    path = run.run_dir / "events.jsonl"
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _glance(run: StoredRun, path: Path) -> dict[str, Any]:
@@ -89,7 +106,7 @@ def _glance(run: StoredRun, path: Path) -> dict[str, Any]:
     step = next((int(e.data["version"]) for e in last[::-1] if e.kind == "step"), 0)
     return {
         "run": run.id,
-        "state": run.state_after(turn),
+        "state": run.state_after(str(end.data["outcome"]) if end else ""),
         "reason": str(end.data.get("reason", "")) if end else "",
         "started": first[0].time if first else None,
         "updated": last[-1].time if last else None,

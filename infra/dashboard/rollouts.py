@@ -17,14 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rl_core.ledger import read_fates
+from infra.sql import ledger_table
+from rl_core.ledger import read_rows
 from rl_core.run_store import StoredRun, view_rollouts
 
 QUERY_SECONDS = 30.0
 """A question that takes longer is ended: a page that nobody waits for must not hold the machine."""
 
 LIST_COLUMNS = (
-    "rollout_id, group_id, env, label, split, difficulty, reward, status, trained, state, min_version, max_version, "
+    "rollout_id, group_id, env, label, split, difficulty, reward, status, min_version, max_version, "
     "num_prompt_tokens, num_sampled_tokens, started_at, seconds, worker, truncated"
 )
 
@@ -37,7 +38,8 @@ SORTS = {
     "slowest": "seconds DESC, rollout_id",
 }
 
-FATES = pa.schema([("group_id", pa.string()), ("state", pa.string()), ("reason", pa.string()), ("trained", pa.int64())])
+FATES = "SELECT group_id, state, reason, version AS trained FROM tasks"
+"""What became of each group, by the ledger."""
 
 
 class TooSlow(ValueError):
@@ -60,6 +62,11 @@ class Filter:
     max_reward: float | None = None
     min_step: int | None = None  # the step that trained it
     max_step: int | None = None
+
+    @property
+    def fates(self) -> bool:
+        """Whether it asks for what became of a rollout's group."""
+        return bool(self.state) or self.min_step is not None or self.max_step is not None
 
     def where(self) -> tuple[str, list[Any]]:
         """The condition, and its parameters."""
@@ -94,38 +101,66 @@ class Rollouts:
         self._fates_seen: tuple[float, float] | None = None
         self._lock = threading.Lock()
 
+    def close(self) -> None:
+        """Let go of DuckDB; another question would connect again."""
+        with self._lock:
+            if self._db is not None:
+                self._db.close()
+                self._db, self._segments, self._fates_seen = None, None, None
+
     def page(self, wanted: Filter, *, sort: str = "newest", offset: int = 0, limit: int = 50) -> dict[str, Any]:
         """{"total": matching, "rows": one page of them without their text}."""
+        rows = self.some(wanted, sort=sort, offset=offset, limit=limit)
+        return {"total": self.count(wanted), "offset": offset, "limit": limit, "rows": rows}
+
+    def count(self, wanted: Filter) -> int:
+        """How many match."""
+        return int(self._matching("count(*) AS n", wanted)[0]["n"])
+
+    def some(self, wanted: Filter, *, sort: str = "newest", offset: int = 0, limit: int = 50) -> list[dict[str, Any]]:
+        """One page of them, without their text."""
         if sort not in SORTS:
             raise ValueError(f"sort {sort!r}, wanted one of {', '.join(SORTS)}")
+        return self._with_fates(self._matching(LIST_COLUMNS, wanted, f"ORDER BY {SORTS[sort]} LIMIT ? OFFSET ?", [limit, offset]))
+
+    def _matching(self, columns: str, wanted: Filter, rest: str = "", more: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """Of the view that has all that is asked for."""
         where, values = wanted.where()
-        total = self._rows(f"SELECT count(*) AS n FROM known WHERE {where}", values)[0]["n"]
-        rows = self._rows(
-            f"SELECT {LIST_COLUMNS} FROM known WHERE {where} ORDER BY {SORTS[sort]} LIMIT ? OFFSET ?", [*values, limit, offset]
-        )
-        return {"total": total, "offset": offset, "limit": limit, "rows": rows}
+        view = "known" if wanted.fates else "rollouts"
+        return self._rows(f"SELECT {columns} FROM {view} WHERE {where} {rest}", [*values, *more], fates=wanted.fates)
 
     def one(self, rollout_id: str, label: str = "") -> dict[str, Any] | None:
         """A rollout with everything that is stored of it, and its siblings; None if there is none of that id."""
         where, values = ("rollout_id = ? AND label = ?", [rollout_id, label]) if label else ("rollout_id = ?", [rollout_id])
-        rows = self._rows(f"SELECT * FROM known WHERE {where} LIMIT 1", values)
+        rows = self._with_fates(self._rows(f"SELECT * FROM rollouts WHERE {where} LIMIT 1", values))
         if not rows:
             return None
         row = rows[0]
         for name in ("components", "evidence", "messages", "task", "turns"):
             row[name] = json.loads(row[name]) if row[name] else None
         row["siblings"] = self._rows(
-            "SELECT rollout_id, label, reward, status FROM known WHERE group_id = ? AND label = ? ORDER BY rollout_id LIMIT 256",
+            "SELECT rollout_id, label, reward, status FROM rollouts WHERE group_id = ? AND label = ? ORDER BY rollout_id LIMIT 256",
             [row["group_id"], row["label"]],
         )
         return row
+
+    def _with_fates(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows with what the ledger says of their groups: of these few, which is quicker than the view `known`."""
+        groups = list({row["group_id"] for row in rows if row["label"] == "train"})
+        query = f"{FATES} WHERE group_id IN ({', '.join('?' * len(groups))})"
+        fates = {name: fate for name, *fate in read_rows(self._run.run_dir / "ledger.sqlite", query, groups)[1]}
+        for row in rows:
+            fate = fates.get(row["group_id"]) if row["label"] == "train" else None
+            row["state"], row["reason"], row["trained"] = fate or (None, None, None)
+        return rows
 
     def facets(self) -> dict[str, list[dict[str, Any]]]:
         """What there is to filter by, with counts."""
         return {
             column: self._rows(
                 f"SELECT {column} AS value, count(*) AS n FROM known WHERE {column} IS NOT NULL "
-                "GROUP BY ALL ORDER BY n DESC, value LIMIT 500"
+                "GROUP BY ALL ORDER BY n DESC, value LIMIT 500",
+                fates=True,
             )
             for column in ("env", "label", "status", "state", "difficulty", "worker")
         }
@@ -154,12 +189,13 @@ class Rollouts:
         """Trained rollouts by environment and staleness of their oldest token: the learner's version less the one that sampled it."""
         return self._rows(
             "SELECT env, trained - 1 - min_version AS staleness, count(*) AS rollouts, sum(num_sampled_tokens)::BIGINT AS tokens "
-            "FROM known WHERE label = 'train' AND trained IS NOT NULL AND min_version IS NOT NULL GROUP BY ALL ORDER BY ALL"
+            "FROM known WHERE label = 'train' AND trained IS NOT NULL AND min_version IS NOT NULL GROUP BY ALL ORDER BY ALL",
+            fates=True,
         )
 
     def spans(self, start: float, end: float) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, npt.NDArray[np.float64]]]:
         """worker -> (start, end) of every rollout that was under way between two times, seconds since the epoch; and the same by label."""
-        with self._cursor() as db:
+        with self._cursor(fates=False) as db:
             found = db.execute(
                 "SELECT coalesce(worker, '') AS worker, label, started_at, started_at + seconds AS ended_at FROM rollouts "
                 "WHERE started_at < ? AND started_at + seconds > ?",
@@ -172,20 +208,22 @@ class Rollouts:
             {name: times[labels == name] for name in sorted(set(labels))},
         )
 
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        with self._cursor() as db:
+    def _rows(self, query: str, values: Sequence[Any] = (), *, fates: bool = False) -> list[dict[str, Any]]:
+        with self._cursor(fates=fates) as db:
             cursor = db.execute(query, list(values))
             names = [column[0] for column in cursor.description or []]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     @contextmanager
-    def _cursor(self) -> Iterator[Any]:
-        """A connection of this thread, over what is stored now; ended after QUERY_SECONDS."""
+    def _cursor(self, *, fates: bool) -> Iterator[Any]:
+        """A connection of this thread, over what is stored now; with `fates` there is the view `known`. Ended after QUERY_SECONDS."""
         with self._lock:
             if self._db is None:
                 self._db = duckdb.connect(config={"threads": 2, "memory_limit": "2GB"})
                 self._db.execute("SET parquet_metadata_cache = true")
             self._look_again()
+            if fates:
+                self._read_fates()
             cursor = self._db.cursor()
         timer = threading.Timer(QUERY_SECONDS, cursor.interrupt)
         timer.daemon = True
@@ -196,22 +234,26 @@ class Rollouts:
             raise TooSlow(f"the question took more than {QUERY_SECONDS:.0f} s; narrow it by environment or label") from error
         finally:
             timer.cancel()
+            timer.join()  # a thread that holds a cursor while the interpreter ends makes DuckDB complain on standard error
             cursor.close()
 
     def _look_again(self) -> None:
-        """Segments appear whole, and the ledger changes: views over both are made anew when they did."""
+        """Segments appear whole: the view over them is made anew when they did."""
         if (segments := self._run.segments()) != self._segments:
             view_rollouts(self._db, segments)
             self._segments = segments
+
+    def _read_fates(self) -> None:
+        """The whole ledger, when it has changed, and `known`: every rollout with what became of its group."""
         path = self._run.run_dir / "ledger.sqlite"
         seen = (_changed(path), _changed(path.with_name(path.name + "-wal")))
         if seen != self._fates_seen:
-            self._replace("fates", _fates(self._run))
+            self._replace("fates", ledger_table(self._run, FATES))
             self._fates_seen = seen
-            self._db.execute(
-                "CREATE OR REPLACE VIEW known AS SELECT rollouts.*, fates.state, fates.reason, fates.trained "
-                "FROM rollouts LEFT JOIN fates ON rollouts.label = 'train' AND rollouts.group_id = fates.group_id"
-            )
+        self._db.execute(
+            "CREATE OR REPLACE VIEW known AS SELECT rollouts.*, fates.state, fates.reason, fates.trained "
+            "FROM rollouts LEFT JOIN fates ON rollouts.label = 'train' AND rollouts.group_id = fates.group_id"
+        )
 
     def _replace(self, name: str, rows: pa.Table) -> None:
         """A table, and no registered view of `rows`: cursors see only what the database itself holds."""
@@ -225,12 +267,6 @@ def _changed(path: Any) -> float:
         return float(path.stat().st_mtime_ns)
     except FileNotFoundError:
         return 0.0
-
-
-def _fates(run: StoredRun) -> pa.Table:
-    """What became of each group: FATES. Empty where the run has no ledger."""
-    columns = list(zip(*read_fates(run.run_dir / "ledger.sqlite"), strict=True)) or [()] * len(FATES)
-    return pa.Table.from_arrays([pa.array(column, type=field.type) for column, field in zip(columns, FATES, strict=True)], schema=FATES)
 
 
 def busy(spans: Mapping[str, npt.NDArray[np.float64]], edges: npt.NDArray[np.float64]) -> dict[str, list[float]]:

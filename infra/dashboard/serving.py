@@ -12,8 +12,12 @@ from pathlib import Path
 import uvicorn
 
 from infra.dashboard.app import make_app
+from infra.dashboard.library import Library
 
 START_SECONDS = 30.0
+
+READ_AHEAD_SECONDS = 1.0
+"""A server is ready at the latest so long after its start, whether the newest run has been read or not."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -23,7 +27,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 def make_server(runs_dir: Path, listener: socket.socket, *, host: str, token: str = "") -> uvicorn.Server:
     """Raises ValueError where `host` needs a token."""
-    page = make_app(runs_dir.absolute(), host=host, port=listener.getsockname()[1], token=token)
+    library = Library(runs_dir.absolute())
+    page = make_app(library, host=host, port=listener.getsockname()[1], token=token)
+    library.read_ahead(READ_AHEAD_SECONDS)
     config = uvicorn.Config(page, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1)
     return uvicorn.Server(config)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_core.config import RunConfig
+from rl_core.config_files import flat
 
 STATUSES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -54,14 +55,3 @@ class MLflow:
 
     def finish(self, outcome: str) -> None:
         self._client.set_terminated(self._run_id, STATUSES.get(outcome, "FAILED"))
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"loop.steps": 40, ...}; empty parts are left out."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +64,13 @@ def large_step(version: int, envs: list[str], more: int = 0) -> Event:
 
 
 def large_run(
-    runs_dir: Path, *, environments: int = 200, steps: int = 50, rollouts: int = 100_000, metrics_per_environment: int = 3
+    runs_dir: Path,
+    *,
+    environments: int = 200,
+    steps: int = 50,
+    rollouts: int = 100_000,
+    metrics_per_environment: int = 3,
+    segment: int = 20_000,
 ) -> Path:
     """Its rollouts are segments in the store's schema, made from whole columns."""
     folder = runs_dir / LARGE_RUN
@@ -75,11 +83,23 @@ def large_run(
     for version in range(1, steps + 1):
         store.emit(large_step(version, envs, metrics_per_environment - 3))
     store.close()
-    segment = 20_000
     for part, first in enumerate(range(0, rollouts, segment)):
         ids = np.arange(first, min(first + segment, rollouts))
         pq.write_table(_rollouts(ids, envs), folder / "rollouts" / f"part-{part:05d}.parquet")
+    _draw_groups(folder / "ledger.sqlite", rollouts // 8, steps, envs)
     return folder
+
+
+def _draw_groups(path: Path, groups: int, steps: int, envs: list[str]) -> None:
+    """Every group trained, in order: written as rows, since a ledger counts one by one."""
+    Ledger(path).close()
+    rows = [(i, f"g{i:06d}", envs[i % len(envs)], f"key-{i}", i // len(envs), 1 + i * steps // groups) for i in range(groups)]
+    with closing(sqlite3.connect(path)) as db, db:
+        db.executemany(
+            "INSERT INTO tasks (ticket, group_id, env, task_key, position, version, state, uses, drawn_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, 'trained', 1, 1000)",
+            rows,
+        )
 
 
 def _rollouts(ids: np.ndarray, envs: list[str]) -> pa.Table:

@@ -77,14 +77,18 @@ def test_a_verifier_that_does_not_come_to_the_same_verdict_is_named(tmp_path: Pa
 
 
 def test_a_stored_reward_that_was_changed_afterwards_is_named(tmp_path: Path) -> None:
-    from rl_core.run_store import RunStore, write_atomically
+    import pyarrow as pa
+
+    from rl_core.run_store import SCHEMA, RunStore
+    from rl_core.segments import write_atomically
 
     config = scripted_config(tmp_path, {"sums": {"id": f"{HACKABLE}:SumEnv"}}, eval={"tasks": 4})
     run = scripted_run(config, honest(0.5, 0.5), most=60)
     assert not audit(run).alarms
     rows = run.sql("SELECT * FROM rollouts")
     victim = next(r for r in rows if r["label"] == "train" and r["reward"] == 0.0)
-    write_atomically(run.run_dir / "rollouts" / "part-00000.parquet", [{**r, "reward": 1.0} if r is victim else r for r in rows])
+    table = pa.Table.from_pylist([{**r, "reward": 1.0} if r is victim else r for r in rows], schema=SCHEMA)
+    write_atomically(run.run_dir / "rollouts" / "part-00000.parquet", table)
     report = audit(RunStore.find(tmp_path, str(run.run_dir)))
     assert [f.rollouts for f in report.alarms if f.detector == "re-scoring"] == [(victim["rollout_id"],)]
 

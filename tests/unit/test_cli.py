@@ -93,7 +93,7 @@ def test_a_machine_without_a_sandbox_is_told_before_anything_starts(polyrl: Call
     def unavailable(name: str) -> None:
         raise SandboxUnavailable(f"{name}: nothing isolates")
 
-    monkeypatch.setattr(preflight, "choose_sandbox", unavailable)
+    monkeypatch.setattr("environments.sandbox.choose_sandbox", unavailable)
     code, _, err = polyrl("run", str(config), "environments.code.share=1", "sandbox=bubblewrap")
     assert code == 2
     assert "environments.code runs programs in a sandbox" in err

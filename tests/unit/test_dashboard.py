@@ -21,6 +21,7 @@ from infra.cli.main import app as cli
 from infra.dashboard.app import make_app
 from infra.dashboard.feed import Feed, moving_mean
 from infra.dashboard.guard import Guard
+from infra.dashboard.library import Library
 from infra.dashboard.live import fingerprint, ticks
 from infra.dashboard.rollouts import Filter, Rollouts, busy
 from infra.errors import UsageError
@@ -35,7 +36,7 @@ STATIC = Path(infra.dashboard.__file__).parent / "static"
 
 
 def client(runs_dir: Path, *, host: str = "127.0.0.1", token: str = "") -> TestClient:
-    page = make_app(runs_dir, host=host, port=8080, token=token)
+    page = make_app(Library(runs_dir), host=host, port=8080, token=token)
     return TestClient(page, base_url="http://127.0.0.1:8080", follow_redirects=False, raise_server_exceptions=False)
 
 
@@ -63,9 +64,9 @@ def error(response: httpx.Response) -> str:
 def test_loopback_needs_no_token_and_anything_else_does(tmp_path: Path) -> None:
     assert client(tmp_path).get("/").status_code == 200
     with pytest.raises(ValueError, match="give a token"):
-        make_app(tmp_path, host="0.0.0.0", port=8080)
+        make_app(Library(tmp_path), host="0.0.0.0", port=8080)
     with pytest.raises(ValueError, match="give a token"):
-        make_app(tmp_path, host="10.0.0.7", port=8080)
+        make_app(Library(tmp_path), host="10.0.0.7", port=8080)
 
 
 def test_the_command_says_in_a_sentence_what_is_wrong(tmp_path: Path) -> None:
@@ -222,6 +223,15 @@ def test_a_feed_reads_on_from_where_it_was_and_leaves_half_a_line(tmp_path: Path
     assert feed.summary()["state"] == "running"
     store.close()
     assert feed.refresh().summary()["state"] == "killed"
+
+
+def test_the_newest_run_is_read_before_anybody_asks(tmp_path: Path) -> None:
+    store_run(tmp_path / "old")
+    store_run(tmp_path / "new")
+    library = Library(tmp_path)
+    library.read_ahead(60.0)
+    assert (library.find("new").feed.state.version, library.find("old").feed.state.version) == (4, 0)
+    Library(tmp_path / "none").read_ahead(60.0)
 
 
 def test_steps_that_a_resumed_run_takes_again_replace_those_before(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from infra.report import draw_curves, smooth, write_report
+from infra.dashboard.feed import moving_mean, read_state
+from infra.report import draw_curves, write_report
 from infra.run_state import RunState, fold
 from infra.view import EVENT_MARK, LiveView, PlainView, clock, describe, parse_line, render, sparkline
 from rl_core.events import Event
@@ -49,6 +51,18 @@ def test_the_state_of_a_run_is_the_sum_of_its_events() -> None:
     assert figures["staleness"] == {"bound": 1, "max": 1.0}
     assert figures["logprob_agreement_nats"]["mean"] == pytest.approx(5e-6)
     assert figures["logprob_agreement_nats"]["worst_mean"] == pytest.approx(8e-6)
+
+
+def test_the_fast_reader_says_what_the_sum_of_events_says(tmp_path: Path) -> None:
+    run = StoredRun(store_run(tmp_path / "run"))
+    quick, slow = read_state(run), fold(run.events())
+    assert quick.to_json() == slow.to_json()
+    assert quick.notes == slow.notes
+    for name, env in slow.environments.items():
+        assert {metric: quick.environments[name].points(metric) for metric in env.series} == env.series
+    assert {metric: quick.values(metric) for metric in slow.series} == {metric: slow.values(metric) for metric in slow.series}
+    assert quick.values("no such metric") == []
+    assert run.state == quick.outcome == "finished"
 
 
 def test_a_run_that_was_stopped_has_no_after() -> None:
@@ -97,7 +111,15 @@ def test_an_environment_named_like_sql_is_only_a_name(tmp_path: Path) -> None:
     assert run.sql("SELECT count(*) AS n FROM rollouts")[0]["n"] == 2
     from infra.report import _samples
 
-    assert "it&#x27;s; DROP" in _samples(run, "it's; DROP")
+    sample = "".join(_samples(run, ["it's; DROP"]))
+    assert "it&#x27;s; DROP" in sample
+    assert sample.count("<details>") == 2
+
+
+def test_a_picture_is_drawn_whatever_an_environment_is_called() -> None:
+    state = fold(events())
+    state.environments["$x_{$ \ud800"] = state.environments.pop("math")
+    assert draw_curves(state).startswith(b"\x89PNG")
 
 
 def test_long_documents_are_cut_in_the_middle(tmp_path: Path) -> None:
@@ -108,9 +130,8 @@ def test_long_documents_are_cut_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_smoothing_keeps_the_length_and_the_mean_of_a_constant() -> None:
-    assert smooth([0.5] * 7, 5) == [0.5] * 7
-    assert smooth([0.0, 1.0], 9) == [0.5, 0.5]
-    assert smooth([], 9) == []
+    assert moving_mean(np.full(7, 0.5), 5).tolist() == [0.5] * 7
+    assert moving_mean(np.array([0.0, 1.0]), 9).tolist() == [0.5, 0.5]
 
 
 def test_a_sparkline_rises_with_its_values_and_never_overflows() -> None:

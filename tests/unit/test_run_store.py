@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 import rl_core.run_store as run_store
-from rl_core.config import RunConfig
+from infra.dashboard.rollouts import Filter, Rollouts
+from rl_core.config import ConfigError, RunConfig
+from rl_core.config_files import parse_config
 from rl_core.events import Event
 from rl_core.run_store import NoSuchRun, RunStore, StoredRun, create_run_dir, list_runs
+from rl_core.segments import number_of
 from tests.unit.stored_runs import completion, events, group, store_run
 
 WRITER = """
@@ -119,6 +122,76 @@ def test_a_second_writer_adds_segments_and_overwrites_none(tmp_path: Path) -> No
         store.add_groups([group(f"g{i}")], "train")
         store.close()
     assert StoredRun(tmp_path).sql("SELECT count(DISTINCT group_id) AS n FROM rollouts")[0]["n"] == 2
+
+
+def test_a_segment_never_gets_the_number_of_another_though_one_was_lost(tmp_path: Path) -> None:
+    for number in range(3):
+        store_groups(tmp_path, "train", [f"g{number}"])
+    (tmp_path / "rollouts" / "part-00000.parquet").unlink()
+    store_groups(tmp_path, "train", ["g3"])
+    assert stored(tmp_path) == ["g1", "g2", "g3"]
+    assert [Path(p).name for p in StoredRun(tmp_path).segments()] == [f"part-{i:05d}.parquet" for i in (1, 2, 3)]
+
+
+def test_segments_are_in_the_order_of_their_numbers_beyond_five_digits(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    for number in (99_999, 100_000, 7):
+        (tmp_path / "rollouts" / f"part-{number:05d}.parquet").touch()
+    assert [number_of(Path(p)) for p in StoredRun(tmp_path).segments()] == [7, 99_999, 100_000]
+
+
+def store_groups(folder: Path, label: str, names: list[str], max_bytes: int | None = None) -> None:
+    """One life of a writer, which leaves one segment."""
+    store = RunStore(folder, max_bytes=max_bytes)
+    store.add_groups([group(name, text=name * 50) for name in names], label)
+    store.close()
+
+
+def stored(folder: Path) -> list[str]:
+    return [row["group_id"] for row in StoredRun(folder).sql("SELECT DISTINCT group_id FROM rollouts ORDER BY 1")]
+
+
+def test_everything_is_kept_unless_a_size_is_given(tmp_path: Path) -> None:
+    assert RunConfig().store.max_bytes is None
+    for number in range(3):
+        store_groups(tmp_path, "train", [f"g{number}"])
+    assert stored(tmp_path) == ["g0", "g1", "g2"]
+    assert texts(StoredRun(tmp_path)) == []
+
+
+def test_beyond_the_size_the_oldest_rollouts_of_training_go_with_a_note_and_held_out_ones_stay(tmp_path: Path) -> None:
+    store_groups(tmp_path, "before", ["held-out"])
+    store = RunStore(tmp_path)
+    store.add_groups([group("g0")], "train")
+    store.add_groups([group("held-out too")], "during")
+    store.close()
+    for number in range(1, 4):
+        store_groups(tmp_path, "train", [f"g{number}"])
+    looking = Rollouts(StoredRun(tmp_path))
+    assert looking.count(Filter()) == 12
+    size = sum(p.stat().st_size for p in (tmp_path / "rollouts").iterdir())
+    store_groups(tmp_path, "honeypot", ["g4"], max_bytes=size)
+    assert stored(tmp_path)[-2:] == ["held-out", "held-out too"]
+    kept = [name for name in stored(tmp_path) if name.startswith("g")]
+    assert kept
+    assert kept == [f"g{i}" for i in range(5)][-len(kept) :], "the newest ones"
+    assert len(kept) < 5
+    [said] = texts(StoredRun(tmp_path))
+    assert said.startswith(f"store.max_gib: {2 * (5 - len(kept))} rollouts of training were removed")
+    assert sum(p.stat().st_size for p in (tmp_path / "rollouts").iterdir()) <= size
+    assert looking.count(Filter()) == 2 * len(stored(tmp_path)), "who looks on finds every file"
+    assert len(StoredRun(tmp_path).segments()) == 6
+
+
+def test_a_size_too_small_for_one_segment_keeps_the_newest(tmp_path: Path) -> None:
+    for number in range(3):
+        store_groups(tmp_path, "train", [f"g{number}"], max_bytes=1)
+    assert stored(tmp_path) == ["g2"]
+
+
+def test_a_size_below_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"store.max_gib is -1.0, wanted 0 or more \(0 keeps all\)"):
+        parse_config({"environments": {"math": {}}}, ["store.max_gib=-1"])
 
 
 def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
