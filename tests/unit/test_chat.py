@@ -156,7 +156,7 @@ def test_odd_markup_is_said_in_words(chat: ChatML, written: str, fault: str) -> 
     assert turn.tool_calls == () or "unclosed" in fault
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ids=st.lists(st.integers(0, 299), max_size=60))
 def test_any_ids_whatever_parse_without_an_error(chat: ChatML, ids: list[int]) -> None:
     turn = chat.parse(ids)
@@ -164,7 +164,7 @@ def test_any_ids_whatever_parse_without_an_error(chat: ChatML, ids: list[int]) -
     turn.thought.encode("utf-8")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=80))
 def test_any_text_survives_the_tokenizer(chat: ChatML, text: str) -> None:
     assert chat.decode(chat.encode(text)) == text

@@ -16,7 +16,7 @@ from rl_core.replay_queue import ReplayQueue
 from rl_core.types import Task
 from tests.unit.fakes import group_result
 
-FEW = settings(max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=40, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])
 
 
 class QueueModel(RuleBasedStateMachine):

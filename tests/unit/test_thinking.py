@@ -195,7 +195,7 @@ async def test_what_we_wrote_is_context_for_the_loss_and_never_trained() -> None
 thoughts = st.lists(st.integers(0, 40), max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(wanted=thoughts, budget=st.integers(0, 50), tokens=st.integers(1, 140), deaths=st.lists(st.integers(0, 60), max_size=4))
 async def test_a_turn_is_the_same_however_often_its_worker_dies(
     wanted: list[int], budget: int, tokens: int, deaths: list[int], tmp_path_factory: pytest.TempPathFactory

@@ -77,7 +77,7 @@ arguments = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(values=arguments, thought=no_tags, content=no_tags)
 def test_a_call_is_read_as_it_was_written_value_for_value_and_type_for_type(
     chat: ChatML, values: dict[str, Any], thought: str, content: str
@@ -95,7 +95,7 @@ hostile = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(written=hostile)
 def test_whatever_is_written_is_a_turn_and_a_call_is_never_made_of_broken_markup(chat: ChatML, written: str) -> None:
     turn = chat.parse([*ids_of(chat, written), chat.stop_ids[0]], [REFUND])
@@ -106,7 +106,7 @@ def test_whatever_is_written_is_a_turn_and_a_call_is_never_made_of_broken_markup
         assert turn.malformed or not any(tag in s for s in said for tag in TAGS)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(written=hostile)
 def test_whatever_stands_in_a_call_is_a_call_or_a_sentence(written: str) -> None:
     for spelled in FORMATS.values():
