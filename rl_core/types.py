@@ -159,6 +159,11 @@ class Completion:
     positions: tuple[tuple[int, int], ...] = ()
     """(drafted, accepted) of first drafts, of second ones, ...; where k was 2 in one step and 1 in another: ((2, 1), (1, 1))."""
 
+    state_age_sum: int = 0
+    """Over the sampled tokens: policy version that sampled the token, less the oldest one that computed the KV or recurrent state behind
+    it. 0 for all tokens of a request that no update came into."""
+    state_age_max: int = 0  # of the oldest such token, policy versions
+
     def __post_init__(self) -> None:
         covered = sum(s.stop - s.start for s in self.spans)
         if not len(self.token_ids) == len(self.logprobs) == covered:
@@ -330,6 +335,9 @@ class Receipt:
     version: int
     pause_s: float  # how long running sequences stood still
     num_bytes: int  # bytes loaded, policy and draft
+    stage_s: float = 0.0  # of building and checking the new weights beside the old ones, while sampling went on
+    tensors_published: int = 0  # whose checksums were the publisher's
+    tensors_checked: int = 0  # parameters, buffers and packed weights of the engine that hold what follows from these, or never change
     probe: tuple[Completion, ...]
     """Fresh completions sampled entirely under `version`, with speculation on: the learner recomputes their logprobs (invariant 3)."""
 

@@ -1,7 +1,7 @@
 """One vLLM engine: exact ids in and out, behaviour logprobs, and new weights without ending a sequence.
 
     sample()        prompt ids -> Completion, its tokens stamped with the policy version that sampled each
-    load_weights()  pause(keep) -> policy -> draft -> version -> resume -> probe, the proof that goes back to the learner
+    load_weights()  stage and check, beside sampling -> pause -> take over, verify -> version -> resume -> probe (docs/weights.md)
 
 This module and `vllm_plugin` are the only importers of vLLM. The engine proper lives in a process of its own, which ends with
 this one whatever happens to it.
@@ -10,6 +10,7 @@ this one whatever happens to it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -44,10 +45,16 @@ WARM_UP_TOKENS = 8
 CONTROL_TIMEOUT_S = 120.0
 """Bound on one control call (pause, load, resume). They take milliseconds; a step of 32k prefill tokens may come first."""
 PROBE_TIMEOUT_S = 300.0
+STAGE_POLL_S = 0.01
+"""Seconds between two questions whether weights are staged; each costs the engine a fraction of a step."""
 
 
 class EngineError(RuntimeError):
     """An engine does not do what it was asked. The message is a sentence; the worker that hosts it is restarted."""
+
+
+class WeightsMismatch(RuntimeError):
+    """An engine does not hold the weights that were published. No restart helps: the run stops with this sentence."""
 
 
 class Engine:
@@ -61,6 +68,9 @@ class Engine:
         self._probe_prompts = probe_prompts(vocab_size)
         self._room = asyncio.Semaphore(rollout.max_num_seqs)
         self._loading = asyncio.Lock()
+        self._updated = asyncio.Event()
+        """Set, and replaced, when new weights are in force."""
+        self._stages = False
         self._processes = _descendants()
 
     @staticmethod
@@ -87,12 +97,19 @@ class Engine:
                 f"a prompt of {len(prompt_ids)} tokens leaves no room to answer: rollout.max_model_len is {self._rollout.max_model_len}"
             )
         async with self._room:
-            return await self._generate(prompt_ids, params, min(params.max_tokens, room), self._stop_ids, request_id)
+            for times in itertools.count():
+                updated, name = self._updated, f"{request_id}+{times}" if times else request_id
+                done = await self._generate(prompt_ids, params, min(params.max_tokens, room), self._stop_ids, name)
+                if done is not None:
+                    return done
+                await updated.wait()  # an update has ended the sequence (rollout.in_flight=restart): again, under the new weights
+        raise AssertionError("count() does not end")
 
     async def load_weights(self, version: int, blob: NDArray[np.uint8]) -> Receipt:
         """Bring `blob` (a safetensors file's bytes: policy and `mtp.*` tensors) into policy and draft; running sequences go on under it.
 
-        Returns once fresh completions were sampled under `version`. If this raises, the engine's weights are unknown: restart it.
+        Returns once fresh completions were sampled under `version`. If this raises, the engine's weights are unknown: restart it, or,
+        after a WeightsMismatch, end the run.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -100,19 +117,75 @@ class Engine:
             with in_memory_file(blob) as path:
                 update = WeightTransferUpdateRequest({"path": path})
                 began = time.monotonic()
-                await self._control(self._llm.pause_generation(mode="keep", clear_cache=False), "pause")
-                await self._control(self._llm.start_weight_update(), "begin a weight update")
-                await self._control(self._llm.update_weights(update), "load the policy")
-                await self._control(self._llm.finish_weight_update(str(version)), "finish the policy's update")
-                if self._rollout.speculative_tokens:
-                    await self._control(self._llm.start_draft_weight_update(), "begin the draft's update")
-                    await self._control(self._llm.update_weights(update), "load the draft")
-                    await self._control(self._llm.finish_weight_update(), "finish the draft's update")
+                if self._stages:
+                    self._must_hold(version, await self._stage(update))
+                stage_s, began = time.monotonic() - began, time.monotonic()
+                await self._pause()
+                report = await (self._take_over(version) if self._stages else self._load_in_place(version, update))
+                self._must_hold(version, report)
                 self.version = version
                 await self._control(self._llm.resume_generation(), "resume")
+                self._updated.set()
+                self._updated = asyncio.Event()
                 pause_s = time.monotonic() - began
             probe = await self._probe(version)
-        return Receipt(worker=self.name, version=version, pause_s=pause_s, num_bytes=int(blob.nbytes), probe=probe)
+        return Receipt(
+            worker=self.name,
+            version=version,
+            pause_s=pause_s,
+            stage_s=stage_s,
+            num_bytes=int(blob.nbytes),
+            tensors_published=report["published"],
+            tensors_checked=report["checked"],
+            probe=probe,
+        )
+
+    async def _pause(self) -> None:
+        """Sequences stand still, with what they have; or they end here, and `sample` starts them again."""
+        mode = "keep" if self._rollout.in_flight == "keep" else "abort"
+        await self._control(self._llm.pause_generation(mode=mode, clear_cache=False), "pause")
+
+    async def _stage(self, update: Any) -> Mapping[str, Any]:
+        """Build and check the new weights beside the live ones, which go on sampling."""
+        await self._control(self._llm.start_weight_update(), "begin a weight update")
+        await self._control(self._llm.update_weights(update), "stage the weights")
+        report = await self._bounded(self._staged(), PROBE_TIMEOUT_S, "stage the weights")
+        if report["mismatch"]:
+            await self._control(self._llm.finish_weight_update(), "give up a weight update")
+        return report
+
+    async def _take_over(self, version: int) -> Mapping[str, Any]:
+        """What was staged becomes live, and is looked at once more."""
+        await self._control(self._llm.finish_weight_update(str(version)), "take the weights over")
+        return await self._report()
+
+    async def _load_in_place(self, version: int, update: Any) -> Mapping[str, Any]:
+        """Policy, then draft, layer by layer into the live models."""
+        await self._control(self._llm.start_weight_update(), "begin a weight update")
+        await self._control(self._llm.update_weights(update), "load the policy")
+        await self._control(self._llm.finish_weight_update(str(version)), "finish the policy's update")
+        if self._rollout.speculative_tokens:
+            await self._control(self._llm.start_draft_weight_update(), "begin the draft's update")
+            await self._control(self._llm.update_weights(update), "load the draft")
+            await self._control(self._llm.finish_weight_update(), "finish the draft's update")
+        return await self._report()
+
+    def _must_hold(self, version: int, report: Mapping[str, Any]) -> None:
+        if sentence := report["mismatch"]:
+            raise WeightsMismatch(f"worker {self.name} does not hold version {version}: {sentence}")
+
+    async def _staged(self) -> Mapping[str, Any]:
+        """What staging came to, once it has ended."""
+        while not (report := await self._report()):
+            await asyncio.sleep(STAGE_POLL_S)
+        return report
+
+    async def _report(self) -> Mapping[str, Any]:
+        """{} while weights are being staged; otherwise of the worker that has something to complain of, if one has."""
+        reports = await self._control(self._llm.collective_rpc("weights_report"), "say what it holds")
+        if None in reports:
+            return {}
+        return next((r for r in reports if r["mismatch"]), reports[0])
 
     def under_way(self, since: Mapping[str, int]) -> dict[str, Completion]:
         """Of each sequence in `since` that has not ended: the tokens sampled after its first `since[id]`.
@@ -135,6 +208,7 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._control(self._llm.init_weight_transfer_engine(WeightTransferInitRequest({})), "open its weight channel")
+        self._stages = all(await self._control(self._llm.collective_rpc("weights_open"), "look at its weights"))
         await self._control(self._llm.update_weight_version(str(self.version)), "name its version")
         params = SamplingParams(max_tokens=WARM_UP_TOKENS)
         count = self._rollout.max_num_seqs
@@ -148,14 +222,17 @@ class Engine:
             self._generate(ids, params, PROBE_TOKENS, [], f"probe-{version}-{i}-{time.monotonic_ns()}")
             for i, ids in enumerate(self._probe_prompts)
         ]
-        probe = await self._bounded(asyncio.gather(*work), PROBE_TIMEOUT_S, "sample its probes")
+        done = await self._bounded(asyncio.gather(*work), PROBE_TIMEOUT_S, "sample its probes")
+        probe = [c for c in done if c is not None]
+        assert len(probe) == PROBES, "updates are one at a time: nothing else can end a probe"
         if wrong := {s.version for c in probe for s in c.spans} - {version}:
             raise EngineError(f"worker {self.name} sampled probes of version {version} under {sorted(wrong)}: updates overlapped")
         return tuple(probe)
 
     async def _generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, max_tokens: int, stop_ids: list[int], request_id: str
-    ) -> Completion:
+    ) -> Completion | None:
+        """None if an update ended the sequence."""
         import vllm
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -181,6 +258,8 @@ class Engine:
                 final = output
         except EngineDeadError as error:
             raise EngineError(f"the engine process of worker {self.name} died; its log says why") from error
+        if final is not None and final.outputs[0].finish_reason == "abort" and self._rollout.in_flight == "restart":
+            return None
         if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
             reason = None if final is None else final.outputs[0].finish_reason
             raise EngineError(f"worker {self.name} gave up request {request_id} (finish reason {reason!r}); wanted 'stop' or 'length'")
@@ -219,6 +298,7 @@ def completion(prompt: Sequence[int], output: Any, *, speculative: bool) -> Comp
         positions = by_position(metrics.per_step_drafted, metrics.per_step_accepted)
         steps = verifying + max(1, len(ids) - verifying - accepted)
     spans = tuple(VersionSpan(start=s.start, stop=s.end, version=int(s.version)) for s in output.weight_versions or ())
+    age = state_age(spans, spans[0].version if spans else 0)
     return Completion(
         prompt_ids=np.asarray(prompt, np.int32),
         token_ids=ids,
@@ -229,6 +309,8 @@ def completion(prompt: Sequence[int], output: Any, *, speculative: bool) -> Comp
         drafted=drafted,
         accepted=accepted,
         positions=positions,
+        state_age_sum=age[0],
+        state_age_max=age[1],
     )
 
 
@@ -238,17 +320,28 @@ def by_position(drafted: Sequence[int], accepted: Sequence[int]) -> tuple[tuple[
     return tuple((sum(d >= j for d in drafted), sum(a >= j for a in accepted)) for j in range(1, longest + 1))
 
 
+def state_age(spans: Sequence[VersionSpan], first: int) -> tuple[int, int]:
+    """(sum, max) over tokens of one request. Its `first` version read the prompt, since nothing is cached between requests, and all later
+    states grow from that."""
+    ages = [(s.version - first, s.stop - s.start) for s in spans]
+    return sum(age * count for age, count in ages), max((age for age, _ in ages), default=0)
+
+
 def cut_off(state: Any, start: int) -> Completion:
     """Tokens from `start` on of a sequence that has not ended, from vLLM's state of it. What it drafted is known at its end only."""
     ids, flat = state.detokenizer.output_token_ids[start:], state.logprobs_processor.logprobs
-    spans = [(max(s.start - start, 0), s.end - start, int(s.version)) for s in state._weight_version_spans() or () if s.end > start]
+    whole = state._weight_version_spans() or ()
+    spans = tuple(VersionSpan(start=max(s.start - start, 0), stop=s.end - start, version=int(s.version)) for s in whole if s.end > start)
+    age = state_age(spans, int(whole[0].version) if whole else 0)
     return Completion(
         prompt_ids=np.asarray(state.prompt_token_ids if start == 0 else (), np.int32),
         token_ids=np.asarray(ids, np.int32),
         logprobs=np.asarray([flat.logprobs[at] for at in flat.start_indices[start:]], np.float32),
-        spans=tuple(VersionSpan(start=a, stop=b, version=v) for a, b, v in spans),
+        spans=spans,
         finish_reason=CUT_OFF,
         engine_steps=len(ids),
+        state_age_sum=age[0],
+        state_age_max=age[1],
     )
 
 
@@ -271,6 +364,7 @@ def engine_arguments(model_path: str, dtype: str, rollout: RolloutConfig, seed: 
         "max_num_batched_tokens": max(rollout.max_batched_tokens, (rollout.max_num_seqs + PROBES) * (1 + k)),
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from: temperature and top-p included
         "weight_transfer_config": {"backend": BACKEND},
+        "worker_extension_cls": "rollout_workers.vllm_plugin.weights.WorkerExtension",
         "disable_log_stats": True,
         "enable_log_requests": False,
     }

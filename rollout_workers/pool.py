@@ -26,7 +26,7 @@ from rl_core.drafts import Drafts, prune, read_drafts
 from rl_core.process_env import cpu_environment
 from rl_core.seams import GroupResult, Ref
 from rl_core.types import EpisodeSpec, Receipt, Task
-from rollout_workers.engine import EngineError
+from rollout_workers.engine import EngineError, WeightsMismatch
 from rollout_workers.hosts import HostSet, start_hosts
 from rollout_workers.rewards import RewardActors
 from rollout_workers.routing import Routing
@@ -214,7 +214,10 @@ class Pool:
 
     async def _load(self, place: Place, version: int, weights: Ref) -> Receipt:
         sentence = f"worker {place.name} did not load version {version} within {PUBLISH_TIMEOUT_S:.0f} s"
-        receipt: Receipt = await bounded(place.actor.load_weights.remote(version, weights), PUBLISH_TIMEOUT_S, sentence)
+        try:
+            receipt: Receipt = await bounded(place.actor.load_weights.remote(version, weights), PUBLISH_TIMEOUT_S, sentence)
+        except WeightsMismatch as error:  # not a death: a restarted worker would be given the same bytes
+            raise PoolError(str(getattr(error, "cause", error))) from error
         return receipt
 
     async def _revive(self, place: Place, dead: Any, death: BaseException) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,10 +28,12 @@ from reward_models.judges import Asking, Judge
 from reward_models.learned import Answer, Failure
 from rl_core.config import RolloutConfig
 from rl_core.drafts import joined
+from rl_core.seal import seal
 from rl_core.thinking import MAX_CLOSED, Thinking
 from rl_core.types import CUT_OFF, Completion, Message, SamplingParams, Turn
+from rollout_workers import engine as engines
 from rollout_workers.continuing import Continuing
-from rollout_workers.engine import PROBE_TOKENS, PROBES, Engine, EngineError, engine_arguments
+from rollout_workers.engine import PROBE_TOKENS, PROBES, Engine, EngineError, WeightsMismatch, engine_arguments
 from tests.integration.tiny_hybrid import make_tiny_hybrid
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -75,7 +78,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("tiny")
     PolicyModel.from_pretrained(make_tiny_hybrid(folder / "original", vocab_size=VOCAB, scale=3.0)).save_pretrained(folder / "checkpoint")
     export(folder / "checkpoint", folder / "export")
-    made = Served(folder / "export")
+    with pytest.MonkeyPatch.context() as patch:
+        extension = {"worker_extension_cls": "tests.integration.corruption.Corrupting"}
+        patch.setattr(engines, "engine_arguments", lambda *given: engine_arguments(*given) | extension)
+        made = Served(folder / "export")
     yield made
     made.engine.shutdown()
     made.loop.call_soon_threadsafe(made.loop.stop)
@@ -101,7 +107,7 @@ def of_sampled(logprobs: NDArray[np.float64], c: Completion) -> NDArray[np.float
 def checkpoint(served: Served, change: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, w: w) -> NDArray[np.uint8]:
     """The checkpoint's bytes with changed tensors, as a learner would publish it."""
     weights = {name: change(name, w).contiguous() for name, w in load_file(served.model / "model.safetensors").items()}
-    return np.frombuffer(save(weights), np.uint8)
+    return seal(np.frombuffer(save(weights), np.uint8))
 
 
 def reference(served: Served, blob: NDArray[np.uint8] | None = None, folder: Path | None = None) -> NemotronHForCausalLM:
@@ -263,6 +269,65 @@ def test_reloading_unchanged_weights_keeps_greedy_output_and_the_probe_is_all_ne
         assert {s.version for s in c.spans} == {served.version}
 
 
+HARMS = {
+    # what is done to the engine: what the sentence must name
+    "parameter": "policy model.norm_f.weight holds",
+    "decay rate": "policy model.layers.0.mixer.A holds",
+    "conv view": "policy model.layers.2.mixer.conv_weights holds",
+    "packed": "the packed copy of policy model.layers.0.mixer.in_proj.weight",
+    "constant": "policy model.layers.3.mixer.attn._k_scale holds",
+    "stale draft": "draft model.layers.0.eh_proj",
+    "loader": "policy model.layers.3.mixer.qkv_proj.weight holds",
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_tensor_that_is_not_what_was_published_stops_the_update_by_name(served: Served, harm: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    blob = checkpoint(served, lambda _, w: w * (1 + 0.01 * torch.rand(w.shape, generator=generator)))
+    served.run(served.engine._llm.collective_rpc("corrupt", args=(harm,)))
+    with pytest.raises(WeightsMismatch, match=f"^worker w0 does not hold version {served.version + 1}: {HARMS[harm]}"):
+        served.load(blob)
+    served.run(served.engine._llm.collective_rpc("corrupt", args=("",)))
+    receipt = served.load(checkpoint(served))
+    assert receipt.tensors_checked > receipt.tensors_published > 50
+
+
+def test_bytes_that_changed_on_the_way_stop_the_update_by_name(served: Served) -> None:
+    blob = checkpoint(served).copy()
+    blob[-1] ^= 1
+    with pytest.raises(WeightsMismatch, match=r"worker w0 does not hold version \d+: tensor [\w.]+ arrived with checksum"):
+        served.load(blob)
+    with pytest.raises(WeightsMismatch, match="carry no checksums"):
+        served.load(np.fromfile(served.model / "model.safetensors", np.uint8))
+    served.load(checkpoint(served))
+
+
+def test_sequences_in_flight_are_restarted_from_their_prompt_where_so_configured(served: Served) -> None:
+    blob, old = checkpoint(served), served.version
+    served.version += 1
+
+    async def load_amid_sampling() -> list[Completion]:
+        names = dict.fromkeys((f"again-{i}" for i in range(len(asked))), 0)
+        params = SamplingParams(max_tokens=400)
+        work = [asyncio.create_task(served.engine.sample(p, params, request_id=n)) for n, p in zip(names, asked, strict=True)]
+        while not any(len(part.token_ids) for part in served.engine.under_way(names).values()):
+            await asyncio.sleep(0.002)
+        await served.engine.load_weights(old + 1, blob)
+        return await asyncio.gather(*work)
+
+    asked = prompts(12, seed=8, high=30)
+    served.engine._stop_ids, served.engine._rollout = [], replace(ROLLOUT, in_flight="restart")
+    try:
+        done = served.run(load_amid_sampling())
+    finally:
+        served.engine._stop_ids, served.engine._rollout = [STOP], ROLLOUT
+    assert {s.version for c in done for s in c.spans} == {old + 1}
+    assert [c.prompt_ids.tolist() for c in done] == asked
+    assert all(len(c.token_ids) == 400 for c in done)
+    assert all(c.state_age_max == 0 for c in done)
+
+
 def test_new_weights_arrive_in_flight_whole_and_the_sequences_go_on(served: Served, tmp_path: Path) -> None:
     """Every tensor is changed, one by one (a layerwise reload once lost `mixer.D`: prime-rl#2714)."""
     generator = torch.Generator().manual_seed(3)
@@ -294,6 +359,8 @@ def test_new_weights_arrive_in_flight_whole_and_the_sequences_go_on(served: Serv
         assert c.spans[0].start == 0
         assert c.spans[0].stop == c.spans[1].start
         assert c.spans[1].stop == len(c.token_ids) == 400
+        assert c.state_age_max == 1, "state of the old weights is behind the tokens of the new ones"
+        assert c.state_age_sum == c.spans[1].stop - c.spans[1].start
         first = slice(0, c.spans[0].stop)
         assert np.abs(of_sampled(distribution(before, c, 1.0), c) - c.logprobs)[first].max() < 1e-3
     for c in receipt.probe:

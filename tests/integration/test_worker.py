@@ -24,6 +24,7 @@ from rl_core.chat import ChatML
 from rl_core.config import RunConfig
 from rl_core.config_files import parse_config
 from rl_core.drafts import CUT_OFF, Draft, read_drafts
+from rl_core.seal import seal
 from rl_core.seams import GroupResult
 from rl_core.thinking import MAX_CLOSED
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, SamplingParams, Status, Task, Turn
@@ -233,7 +234,7 @@ def test_a_host_that_leaks_is_replaced_between_episodes_and_no_episode_is_lost(r
 
 
 def test_published_weights_are_proved_and_stamped_on_the_tokens_after(running: Running) -> None:
-    blob = np.fromfile(SEED_MODEL / "model.safetensors", np.uint8)
+    blob = seal(np.fromfile(SEED_MODEL / "model.safetensors", np.uint8))
     (receipt,) = running.run(running.pool.load_weights(7, ray.put(blob)))
     assert (receipt.worker, receipt.version, receipt.num_bytes) == ("w0", 7, blob.nbytes)
     assert {s.version for c in receipt.probe for s in c.spans} == {7}
@@ -242,7 +243,7 @@ def test_published_weights_are_proved_and_stamped_on_the_tokens_after(running: R
 
 def test_a_killed_workers_rollouts_go_on_and_it_is_back_after_a_verified_update(running: Running) -> None:
     """SIGKILL amid work: finished rollouts stay, begun ones go on from their tokens, and the next version reaches the new worker."""
-    blob = ray.put(np.fromfile(SEED_MODEL / "model.safetensors", np.uint8))
+    blob = ray.put(seal(np.fromfile(SEED_MODEL / "model.safetensors", np.uint8)))
     running.run(running.pool.load_weights(8, blob))
     (kept,) = running.groups("math", 1, "kept")
     engines = engine_processes()

@@ -1,0 +1,150 @@
+"""What an engine's model holds, checked against what was published.
+
+    published tensor --(xxh3 of its bytes, rl_core/seal.py)--> incoming copy
+    incoming copy    --(content: sum over its elements)------> parameter; a fused one holds what its parts held
+    parameter        --(answer to a fixed input)-------------> the packed copy that a CPU kernel multiplies with
+    everything else  --(content)-----------------------------> has not changed since the engine started
+
+A content is a sum over elements, so that it does not matter how a loader lays parts out; that each part is in its place is what the
+logprobs of the probe prove, against the learner's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rollout_workers.vllm_plugin.staging import Part, Piece
+
+CHUNK = 1 << 17
+"""Elements that a content takes at a time: half a megabyte, which stays in the cache."""
+
+WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+RULES: Mapping[str, Callable[[Tensor], Tensor]] = {"A": lambda a_log: -torch.exp(a_log.float())}
+"""Parameters that are not what was published, but a function of it, elementwise: Mamba-2's decay rates."""
+
+ONE_HOTS = 4
+"""Columns of a packed weight that are compared bit by bit."""
+
+
+class Mismatch(Exception):
+    """A tensor is not what it should be. The message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a packed weight of `width` columns answers to the fixed input."""
+
+    width: int
+    reply: Tensor  # [1 + ONE_HOTS, out]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What the live models must hold."""
+
+    contents: dict[str, int] = field(default_factory=dict)  # {"policy model.layers.0.mixer.A": its content}
+    answers: dict[str, Answer] = field(default_factory=dict)  # {"policy lm_head": of its packed weight}
+
+    @property
+    def size(self) -> int:
+        """Things to be looked at."""
+        return len(self.contents) + len(self.answers)
+
+
+@torch.no_grad()
+def content(tensor: Tensor) -> int:
+    """A 64-bit sum over the elements' bit patterns, each stirred first. Zeros, as in padding, count nothing."""
+    if not tensor.numel():
+        return 0
+    flat = tensor.detach().contiguous().view(-1)
+    words, total = flat.view(WORD[flat.element_size()]), 0
+    for start in range(0, len(words), CHUNK):
+        word = words[start : start + CHUNK].to(torch.int32)
+        stirred = word * 0x2C1B3C6D
+        stirred ^= stirred >> 13
+        stirred *= word
+        total += int(stirred.sum(dtype=torch.int64))
+    return total
+
+
+@torch.no_grad()
+def process(parts: Sequence[Part], constants: Mapping[str, int]) -> Manifest:
+    """Check loaded shadows against what was published, let vLLM pack them, and note what the live modules must hold from then on."""
+    manifest = Manifest()
+    for part in parts:
+        for name, pieces in part.pieces.items():
+            loaded(f"{part.name}.{name}", name, getattr(part.shadow, name), list(pieces.values()))
+    for part in parts:
+        weight, method = part.shadow._parameters.get("weight"), getattr(part.shadow, "quant_method", None)
+        if part.pieces and method is not None and hasattr(method, "process_weights_after_loading"):
+            method.process_weights_after_loading(part.shadow)
+        if weight is not None and "weight" in part.pieces and weight.dim() == 2 and "cpu_linear" in part.shadow.__dict__:
+            answer = Answer(weight.shape[1], reply(part.shadow, weight.shape[1], weight.dtype))
+            packed(part.name, answer, weight)
+            manifest.answers[part.name] = answer
+    homes = {live.untyped_storage().data_ptr(): new for part in parts for _, live, new in part.tensors() if new is not live}
+    for part in parts:
+        for name, live, new in part.tensors():
+            label = f"{part.name}.{name}"
+            home = homes.get(live.untyped_storage().data_ptr(), new) if live.numel() else new
+            held = content(home if home.numel() == new.numel() else new)
+            if home is live and held != constants[label]:
+                raise Mismatch(f"{label} holds {held:#x}; nobody publishes it, and when the engine started it held {constants[label]:#x}")
+            manifest.contents[label] = held
+    return manifest
+
+
+def loaded(label: str, name: str, param: Tensor, pieces: Sequence[Piece]) -> None:
+    """Raise Mismatch unless `param` holds what the pieces hold."""
+    if strange := [p for p in pieces if not p.published]:
+        raise Mismatch(f"{label} was loaded from {len(strange)} tensors that nobody published: no rule says what it should be")
+    rule = RULES.get(name, lambda piece: piece)
+    wanted, found = sum(content(rule(p.data).to(param.dtype)) for p in pieces), content(param)
+    if wanted != found:
+        raise Mismatch(f"{label} holds {found:#x}, but {', '.join(p.published for p in pieces)} make {wanted:#x}")
+
+
+def reply(module: nn.Module, width: int, dtype: torch.dtype) -> Tensor:
+    """[1 + ONE_HOTS, out] what the module's CPU kernel multiplies the fixed input with."""
+    y: Tensor = module.__dict__["cpu_linear"](question(width, dtype), module.weight, None)
+    return y
+
+
+def question(width: int, dtype: torch.dtype) -> Tensor:
+    """[1 + ONE_HOTS, width]: one row of noise, which every element has a part in, and some that pick a column each."""
+    noise = torch.randn(1, width, generator=torch.Generator().manual_seed(width))
+    hot = F.one_hot(torch.linspace(0, width - 1, ONE_HOTS).long(), width).float()
+    return torch.cat([noise, hot]).to(dtype)
+
+
+def packed(label: str, answer: Answer, weight: Tensor) -> None:
+    """Raise Mismatch unless the packed copy answers as `weight` does: picked columns to the bit, the rest to rounding."""
+    asked = question(answer.width, weight.dtype)
+    picked, rest = weight[:, asked[1:].argmax(1)].t(), F.linear(asked[:1], weight)[0]
+    bound = 16 * torch.finfo(weight.dtype).eps * float(asked[0].float().norm()) * float(weight.float().norm(dim=1).max())
+    if not torch.equal(answer.reply[1:], picked) or float((answer.reply[0] - rest).abs().max()) > bound:
+        raise Mismatch(f"the packed copy of {label}.weight does not multiply as the weight that it was made of")
+
+
+@torch.no_grad()
+def verify(parts: Sequence[Part], manifest: Manifest) -> None:
+    """Raise Mismatch unless the live modules hold what they must."""
+    for part in parts:
+        for name, live, _ in part.tensors():
+            label = f"{part.name}.{name}"
+            if (found := content(live)) != manifest.contents[label]:
+                raise Mismatch(f"{label} holds {found:#x}, but should hold {manifest.contents[label]:#x}")
+        wanted = manifest.answers.get(part.name)
+        if wanted is not None and not torch.equal(reply(part.live, wanted.width, wanted.reply.dtype), wanted.reply):
+            raise Mismatch(f"the packed copy of {part.name}.weight is not the one that was made of its new weight")
+
+
+def contents(parts: Sequence[Part]) -> dict[str, int]:
+    """Of every live tensor."""
+    return {f"{part.name}.{name}": content(live) for part in parts for name, live, _ in part.tensors()}

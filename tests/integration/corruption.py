@@ -1,0 +1,40 @@
+"""Harm to a real engine's weights, between its taking new ones and its looking at what it holds."""
+
+from __future__ import annotations
+
+from rollout_workers.vllm_plugin import receipts, staging
+from rollout_workers.vllm_plugin.staging import Part
+from rollout_workers.vllm_plugin.weights import WorkerExtension
+
+TAKE, PROCESS = staging.take, receipts.process
+
+
+class Corrupting(WorkerExtension):
+    """Named as the worker extension of an engine in place of its base class."""
+
+    def corrupt(self, harm: str) -> None:
+        """The next updates suffer `harm`, until there is another; "" is none."""
+
+        def take(part: Part) -> None:
+            packed = part.live.__dict__.get("cpu_linear")
+            if harm == "stale draft" and part.name.startswith("draft "):
+                return
+            if harm == "constant" and part.name == "policy model.layers.3.mixer.attn":
+                part.live._k_scale.fill_(0.5)  # type: ignore[operator, union-attr]
+            TAKE(part)
+            if harm == "parameter" and part.name == "policy model.norm_f":
+                part.live.weight.view(-1)[7] += 1e-6  # type: ignore[operator, union-attr]
+            if harm == "decay rate" and part.name == "policy model.layers.0.mixer":
+                part.live.A[0] *= 1.001  # type: ignore[operator, index]
+            if harm == "conv view" and part.name == "policy model.layers.2.mixer":
+                part.live._buffers["conv_weights"] = part.live._buffers["conv_weights"] * 1.001  # type: ignore[operator]
+            if harm == "packed" and part.name == "policy model.layers.0.mixer.in_proj":
+                part.live.__dict__["cpu_linear"] = packed
+
+        def process(parts: list[Part], constants: dict[str, int]) -> receipts.Manifest:
+            for part in parts:
+                if harm == "loader" and part.name == "policy model.layers.3.mixer.qkv_proj":
+                    part.shadow.weight[3, 5] = 0.0  # type: ignore[operator, index]
+            return PROCESS(parts, constants)
+
+        staging.take, receipts.process = take, process
