@@ -142,12 +142,18 @@ def observed(loader: Loader, part: Part, name: str, names: Names, param: Tensor,
     return loader(param, weight, *args, **more)
 
 
-def take(part: Part) -> None:
-    """The live module takes its shadow's values."""
+def take(part: Part, taken: set[int]) -> list[Any]:
+    """The live module takes its shadow's values, except for tensors that are in `taken` already: tied ones are copied once.
+
+    Returns what the module held on to before, so that the caller can free it when nobody waits.
+    """
     for _, live, new in part.tensors():
-        if new is live or not live.numel():
-            continue
-        live.data.copy_(new.data)
+        if new is not live and live.numel() and id(live) not in taken:
+            live.data.copy_(new.data)
+            taken.add(id(live))
+    before = []
     for name, value in part.shadow.__dict__.items():  # packed weights, and whatever else processing left on the module
         if name not in ("_parameters", "_buffers", "_modules") and part.attributes.get(name) is not value:
+            before.append(part.live.__dict__.get(name))
             part.live.__dict__[name] = value
+    return before

@@ -58,6 +58,8 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._thread = ThreadPoolExecutor(1, "weights")
         self._staging: Future[tuple[staging.Shadow, receipts.Manifest]] | None = None
         self._report: Report | None = None
+        self._retired: list[Any] = []
+        """What the last update replaced, until the thread has freed it: that takes tens of milliseconds for a large model."""
         self._constants = receipts.contents(staging.Shadow(models).parts) if self.stages else {}
 
     @property
@@ -103,6 +105,7 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.model.load_weights(tensors_of(update_info.path).items())  # type: ignore[operator]
         self._report = Report(published=len(checked))
 
+    @torch.no_grad()
     def finish_weight_update(self) -> None:
         """Nothing to take over if staging failed: `report` says why."""
         if not self.stages:
@@ -114,8 +117,9 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         if ended.exception() is not None:
             return
         shadow, manifest = ended.result()
-        for part in shadow.parts:
-            staging.take(part)
+        taken: set[int] = set()
+        before = [staging.take(part, taken) for part in shadow.parts]
+        self._retired = [shadow, before]
         try:
             receipts.verify(shadow.parts, manifest)
         except receipts.Mismatch as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rollout_workers.vllm_plugin import receipts, staging
 from rollout_workers.vllm_plugin.staging import Part
 from rollout_workers.vllm_plugin.weights import WorkerExtension
@@ -15,13 +17,13 @@ class Corrupting(WorkerExtension):
     def corrupt(self, harm: str) -> None:
         """The next updates suffer `harm`, until there is another; "" is none."""
 
-        def take(part: Part) -> None:
+        def take(part: Part, taken: set[int]) -> list[Any]:
             packed = part.live.__dict__.get("cpu_linear")
             if harm == "stale draft" and part.name.startswith("draft "):
-                return
+                return []
             if harm == "constant" and part.name == "policy model.layers.3.mixer.attn":
                 part.live._k_scale.fill_(0.5)  # type: ignore[operator, union-attr]
-            TAKE(part)
+            before = TAKE(part, taken)
             if harm == "parameter" and part.name == "policy model.norm_f":
                 part.live.weight.view(-1)[7] += 1e-6  # type: ignore[operator, union-attr]
             if harm == "decay rate" and part.name == "policy model.layers.0.mixer":
@@ -30,6 +32,7 @@ class Corrupting(WorkerExtension):
                 part.live._buffers["conv_weights"] = part.live._buffers["conv_weights"] * 1.001  # type: ignore[operator]
             if harm == "packed" and part.name == "policy model.layers.0.mixer.in_proj":
                 part.live.__dict__["cpu_linear"] = packed
+            return before
 
         def process(parts: list[Part], constants: dict[str, int]) -> receipts.Manifest:
             for part in parts:
