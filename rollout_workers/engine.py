@@ -143,7 +143,8 @@ class Engine:
     async def _pause(self) -> None:
         """Sequences stand still, with what they have; or they end here, and `sample` starts them again."""
         mode = "keep" if self._rollout.in_flight == "keep" else "abort"
-        await self._control(self._llm.pause_generation(mode=mode, clear_cache=False), "pause")
+        # Not `pause_generation`, which does this and then sleeps for 20 ms, so that outputs arrive before it returns.
+        await self._control(self._llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False), "pause")
 
     async def _stage(self, update: Any) -> Mapping[str, Any]:
         """Build and check the new weights beside the live ones, which go on sampling."""

@@ -276,7 +276,7 @@ HARMS = {
     "conv view": "policy model.layers.2.mixer.conv_weights holds",
     "packed": "the packed copy of policy model.layers.0.mixer.in_proj.weight",
     "constant": "policy model.layers.3.mixer.attn._k_scale holds",
-    "stale draft": "draft model.layers.0.eh_proj",
+    "stale draft": "the packed copy of draft model.layers.0",
     "loader": "policy model.layers.3.mixer.qkv_proj.weight holds",
 }
 
