@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +49,8 @@ class Answer:
 class Manifest:
     """What the live models must hold."""
 
-    contents: dict[str, int] = field(default_factory=dict)  # {"policy model.layers.0.mixer.A": its content}
+    contents: dict[str, int] = field(default_factory=dict)  # {"policy model.layers.0.mixer.attn._k_scale": what it held at the start}
     answers: dict[str, Answer] = field(default_factory=dict)  # {"policy lm_head": of its packed weight}
-
-    @property
-    def size(self) -> int:
-        """Things to be looked at."""
-        return len(self.contents) + len(self.answers)
 
 
 @torch.no_grad()
@@ -68,8 +64,6 @@ def content(tensor: Tensor) -> int:
         word = words[start : start + CHUNK].to(torch.int32)
         stirred = word * 0x2C1B3C6D  # one-to-one, and 0 stays 0
         stirred ^= stirred >> 15
-        stirred *= 0x297A2D39
-        stirred ^= stirred >> 13
         total += int(stirred.sum(dtype=torch.int64))
     return total
 
@@ -92,12 +86,15 @@ def process(parts: Sequence[Part], constants: Mapping[str, int]) -> Manifest:
     homes = {live.untyped_storage().data_ptr(): new for part in parts for _, live, new in part.tensors() if new is not live}
     for part in parts:
         for name, live, new in part.tensors():
-            label = f"{part.name}.{name}"
-            home = homes.get(live.untyped_storage().data_ptr(), new) if live.numel() else new
-            held = content(home if home.numel() == new.numel() else new)
-            if home is live and held != constants[label]:
+            if new is not live:
+                continue
+            label, home = f"{part.name}.{name}", homes.get(live.untyped_storage().data_ptr()) if live.numel() else None
+            if home is not None and home.numel() == live.numel():  # a view of a parameter that is new
+                manifest.contents[label] = content(home)
+            elif (held := content(live)) == constants[label]:
+                manifest.contents[label] = held
+            else:
                 raise Mismatch(f"{label} holds {held:#x}; nobody publishes it, and when the engine started it held {constants[label]:#x}")
-            manifest.contents[label] = held
     return manifest
 
 
@@ -117,6 +114,7 @@ def reply(module: nn.Module, width: int, dtype: torch.dtype) -> Tensor:
     return y
 
 
+@lru_cache(256)
 def question(width: int, dtype: torch.dtype) -> Tensor:
     """[1 + ONE_HOTS, width]: one row of noise, which every element has a part in, and some that pick a column each."""
     noise = torch.randn(1, width, generator=torch.Generator().manual_seed(width))
@@ -136,17 +134,26 @@ def packed(label: str, answer: Answer, weight: Tensor) -> None:
 @torch.no_grad()
 def verify(parts: Sequence[Part], manifest: Manifest) -> None:
     """Raise Mismatch unless the live modules hold what they must."""
-    seen: dict[tuple[int, int], int] = {}  # tied tensors are read once
+    seen: set[int] = set()  # tied tensors are read once
     for part in parts:
-        for name, live, _ in part.tensors():
-            label, place = f"{part.name}.{name}", (live.data_ptr(), live.numel())
-            if place not in seen:
-                seen[place] = content(live)
-            if (found := seen[place]) != manifest.contents[label]:
-                raise Mismatch(f"{label} holds {found:#x}, but should hold {manifest.contents[label]:#x}")
-        wanted = manifest.answers.get(part.name)
-        if wanted is not None and not torch.equal(reply(part.live, wanted.width, wanted.reply.dtype), wanted.reply):
+        for name, live, new in part.tensors():
+            label = f"{part.name}.{name}"
+            if id(live) in seen:
+                continue
+            seen.add(id(live))
+            if (wanted := manifest.contents.get(label)) is None:
+                if not same_bits(live, new):
+                    raise Mismatch(f"{label} holds {content(live):#x}, but should hold {content(new):#x}")
+            elif (found := content(live)) != wanted:
+                raise Mismatch(f"{label} holds {found:#x}, but should hold {wanted:#x}")
+        packed = manifest.answers.get(part.name)
+        if packed is not None and not torch.equal(reply(part.live, packed.width, packed.reply.dtype), packed.reply):
             raise Mismatch(f"the packed copy of {part.name}.weight is not the one that was made of its new weight")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    word = WORD[one.element_size()]
+    return one.shape == other.shape and torch.equal(one.detach().view(word), other.detach().view(word))
 
 
 def contents(parts: Sequence[Part]) -> dict[str, int]:

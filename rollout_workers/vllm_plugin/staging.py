@@ -90,6 +90,11 @@ class Shadow:
                 part.put("conv_weights", conv.weight.detach().clone().view(part.shadow._buffers["conv_weights"].shape))  # type: ignore[union-attr, operator, arg-type]
         return {piece.published for part in self.parts for pieces in part.pieces.values() for piece in pieces.values()}
 
+    @property
+    def size(self) -> int:
+        """Parameters and buffers."""
+        return sum(1 for part in self.parts for _ in part.tensors())
+
     def _shadow(self, live: nn.Module, name: str) -> nn.Module:
         """`live` without its tensors: attributes are shared, children and tensors are its own."""
         if (known := self._modules.get(id(live))) is not None:

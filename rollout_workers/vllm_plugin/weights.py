@@ -73,7 +73,7 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
             error = self._staging.exception()
             if error is None:
                 shadow, manifest = self._staging.result()
-                return Report(published=shadow.published, checked=manifest.size)
+                return Report(published=shadow.published, checked=shadow.size + len(manifest.answers))
             known = isinstance(error, receipts.Mismatch | seal.BadSeal)
             self._report = Report(mismatch=str(error) if known else f"the new weights do not load: {type(error).__name__}: {error}")
         return self._report
@@ -125,7 +125,7 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         except receipts.Mismatch as error:
             self._report = Report(mismatch=str(error))
         else:
-            self._report = Report(published=shadow.published, checked=manifest.size)
+            self._report = Report(published=shadow.published, checked=shadow.size + len(manifest.answers))
 
     @torch.no_grad()
     def _stage(self, path: str) -> tuple[staging.Shadow, receipts.Manifest]:
