@@ -30,7 +30,7 @@ from rl_core.thinking import MAX_CLOSED
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, SamplingParams, Status, Task, Turn
 from rollout_workers import hosts as hosts_module
 from rollout_workers.hosts import Hosts, HostSet, start_hosts
-from rollout_workers.pool import Pool
+from rollout_workers.pool import Pool, PoolError
 from tests.integration.hanging_env import HangingEnv
 from tests.integration.leaking_env import LeakingEnv
 
@@ -235,7 +235,12 @@ def test_a_host_that_leaks_is_replaced_between_episodes_and_no_episode_is_lost(r
 
 def test_published_weights_are_proved_and_stamped_on_the_tokens_after(running: Running) -> None:
     blob = seal(np.fromfile(SEED_MODEL / "model.safetensors", np.uint8))
+    broken = blob.copy()
+    broken[-1] ^= 1
+    with pytest.raises(PoolError, match=r"^worker w0 does not hold version 7: tensor \S+ arrived with checksum"):
+        running.run(running.pool.load_weights(7, ray.put(broken)))
     (receipt,) = running.run(running.pool.load_weights(7, ray.put(blob)))
+    assert receipt.tensors_checked > 0
     assert (receipt.worker, receipt.version, receipt.num_bytes) == ("w0", 7, blob.nbytes)
     assert {s.version for c in receipt.probe for s in c.spans} == {7}
     assert [(r.min_version, r.max_version) for r in running.groups("math", 2, "stamped")] == [(7, 7)] * 2
