@@ -208,7 +208,7 @@ class Learner:
             if self.rank != 0:
                 return None
             state = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in self.model.engine_state().items()}
-        sealed = seal.metadata({name: tensor.view(-1).view(torch.uint8).numpy() for name, tensor in state.items()})
+        sealed = seal.metadata({name: tensor.view(-1).view(torch.uint8).numpy() for name, tensor in state.items()}, self.version)
         return np.frombuffer(safetensors.torch.save(state, metadata=sealed), np.uint8)
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ class StepMetrics:
         if self._receipts:
             figures["sync/pause_ms"] = 1e3 * max(r.pause_s for r, _ in self._receipts)
             figures["sync/stage_ms"] = 1e3 * max(r.stage_s for r, _ in self._receipts)
-            figures["sync/tensors_checked"] = float(min(r.tensors_checked for r, _ in self._receipts))
+            figures["sync/tensors_checked"] = float(min(len(r.checksums) for r, _ in self._receipts))
             figures["sync/bytes"] = float(max(r.num_bytes for r, _ in self._receipts))
             figures["sync/logprob_error_mean"] = max(a.mean for _, a in self._receipts)
             figures["sync/logprob_error_max"] = max(a.max for _, a in self._receipts)

@@ -1,6 +1,6 @@
-"""The seal on published weights: a checksum of every tensor, computed by who publishes, travelling in the file's own header.
+"""The seal on published weights: their version and a checksum of every tensor, by who publishes, in the file's own header.
 
-learner --> safetensors bytes {tensors, metadata: {"checksums": {name: xxh3 of its bytes}}} --> engine: the same, or the run stops
+learner --> safetensors bytes {tensors, metadata: {version, {tensor: xxh3 of its bytes}}} --> engine: the same, or the run stops
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-CHECKSUMS = "checksums"
-"""Key of the safetensors metadata that holds the seal, a JSON object."""
+VERSION, CHECKSUMS = "version", "checksums"
+"""Keys of the safetensors metadata: a number, and a JSON object."""
 
 
 class BadSeal(ValueError):
@@ -26,28 +26,30 @@ def checksum(data: Any) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
-def metadata(tensors: Mapping[str, NDArray[np.uint8]]) -> dict[str, str]:
+def metadata(tensors: Mapping[str, NDArray[np.uint8]], version: int) -> dict[str, str]:
     """The seal over the tensors' bytes, as metadata for `safetensors.save`."""
-    return {CHECKSUMS: json.dumps({name: checksum(data) for name, data in tensors.items()})}
+    return {VERSION: str(version), CHECKSUMS: json.dumps({name: checksum(data) for name, data in tensors.items()})}
 
 
-def seal(blob: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def seal(blob: NDArray[np.uint8], version: int) -> NDArray[np.uint8]:
     """A safetensors file's bytes with a seal in its header: for a checkpoint that no learner published."""
     header, start = _header(blob)
     tensors = _tensors(blob, header, start)
-    meta = header.get("__metadata__", {}) | metadata(tensors)
+    meta = header.get("__metadata__", {}) | metadata(tensors, version)
     text = json.dumps(header | {"__metadata__": meta}).encode()
     text += b" " * (-len(text) % 8)
     return np.concatenate([np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8), blob[start:]])
 
 
-def check(blob: NDArray[np.uint8]) -> dict[str, str]:
-    """{tensor: checksum} of sealed bytes. Raises BadSeal if one is not as its publisher had it."""
+def check(blob: NDArray[np.uint8], version: int) -> dict[str, str]:
+    """{tensor: checksum} of sealed bytes. Raises BadSeal if they are another version's, or one tensor is not as its publisher had it."""
     header, start = _header(blob)
-    text = header.get("__metadata__", {}).get(CHECKSUMS)
-    if text is None:
+    meta = header.get("__metadata__", {})
+    if meta.keys().isdisjoint((VERSION, CHECKSUMS)):
         raise BadSeal("published weights carry no checksums; publish what rl_core.seal.seal() returns")
-    sealed: dict[str, str] = json.loads(text)
+    if meta[VERSION] != str(version):
+        raise BadSeal(f"published weights are sealed as version {meta[VERSION]}")
+    sealed: dict[str, str] = json.loads(meta[CHECKSUMS])
     found = {name: checksum(data) for name, data in _tensors(blob, header, start).items()}
     if unknown := sealed.keys() ^ found.keys():
         raise BadSeal(f"published weights and their seal do not name the same tensors: {sorted(unknown)[0]}")

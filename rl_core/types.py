@@ -336,8 +336,8 @@ class Receipt:
     pause_s: float  # how long running sequences stood still
     num_bytes: int  # bytes loaded, policy and draft
     stage_s: float = 0.0  # of building and checking the new weights beside the old ones, while sampling went on
-    tensors_published: int = 0  # whose checksums were the publisher's
-    tensors_checked: int = 0  # parameters, buffers and packed weights of the engine that hold what follows from these, or never change
+    checksums: Mapping[str, int] = field(default_factory=dict)
+    """Of each parameter and buffer, as verified: {"policy model.norm_f.weight": 0x3a51}. Empty: an engine that loads in place."""
     probe: tuple[Completion, ...]
     """Fresh completions sampled entirely under `version`, with speculation on: the learner recomputes their logprobs (invariant 3)."""
 

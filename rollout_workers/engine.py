@@ -19,15 +19,15 @@ from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from rl_core.config import RolloutConfig
-from rl_core.thinking import THOUGHT_FULL
-from rl_core.types import CUT_OFF, Completion, Receipt, SamplingParams, VersionSpan
+from rl_core.types import Completion, Receipt, SamplingParams
+from rollout_workers.completions import completion, cut_off
 from rollout_workers.vllm_plugin import BACKEND, OWNER_VARIABLE
 from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE
 from rollout_workers.vllm_plugin.thought_cap import THINKING
@@ -54,7 +54,7 @@ class EngineError(RuntimeError):
 
 
 class WeightsMismatch(RuntimeError):
-    """An engine does not hold the weights that were published. No restart helps: the run stops with this sentence."""
+    """An engine does not hold the weights that were published: the run stops with this sentence, which names worker and tensor."""
 
 
 class Engine:
@@ -69,7 +69,11 @@ class Engine:
         self._room = asyncio.Semaphore(rollout.max_num_seqs)
         self._loading = asyncio.Lock()
         self._updated = asyncio.Event()
-        """Set, and replaced, when new weights are in force."""
+        """Set, and replaced, when an update has ended, well or not."""
+        self._unfit = ""
+        """Why nothing may be sampled from the weights that are live; "" if they were verified."""
+        self._began: dict[str, int] = {}
+        """{request: version that it was sent under}."""
         self._stages = False
         self._processes = _descendants()
 
@@ -98,82 +102,97 @@ class Engine:
             )
         async with self._room:
             for times in itertools.count():
+                if self._unfit:
+                    raise WeightsMismatch(self._unfit)
+                # Sampled again, it is another request: what was seen of the first (`under_way`) is not the beginning of the second.
                 updated, name = self._updated, f"{request_id}+{times}" if times else request_id
                 done = await self._generate(prompt_ids, params, min(params.max_tokens, room), self._stop_ids, name)
                 if done is not None:
                     return done
-                await updated.wait()  # an update has ended the sequence (rollout.in_flight=restart): again, under the new weights
+                await updated.wait()
         raise AssertionError("count() does not end")
 
     async def load_weights(self, version: int, blob: NDArray[np.uint8]) -> Receipt:
-        """Bring `blob` (a safetensors file's bytes: policy and `mtp.*` tensors) into policy and draft; running sequences go on under it.
+        """Bring `blob` (a sealed safetensors file's bytes: policy and `mtp.*` tensors) into policy and draft; running sequences go on
+        under it. Returns once fresh completions were sampled under `version`.
 
-        Returns once fresh completions were sampled under `version`. If this raises, the engine's weights are unknown: restart it, or,
-        after a WeightsMismatch, end the run.
+        Raises WeightsMismatch if the engine does not hold them. Found before they were live, the engine goes on under the version that it
+        has. Found after, it samples from nothing: its sequences end with the same sentence, and so does who asks for more, until an
+        update has been verified. After an EngineError its state is unknown: restart it.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async with self._loading:
             with in_memory_file(blob) as path:
-                update = WeightTransferUpdateRequest({"path": path})
+                update = WeightTransferUpdateRequest({"path": path, "version": version})
                 began = time.monotonic()
                 if self._stages:
-                    self._must_hold(version, await self._stage(update))
-                stage_s, began = time.monotonic() - began, time.monotonic()
+                    await self._stage(version, update)
+                paused = time.monotonic()
                 await self._pause()
-                report = await (self._take_over(version) if self._stages else self._load_in_place(version, update))
-                self._must_hold(version, report)
-                self.version = version
+                report = await (self._take_over() if self._stages else self._load_in_place(update))
+                if report["mismatch"]:
+                    await self._stand_still(self._sentence(version, report))
+                await self._control(self._llm.update_weight_version(str(version)), "name its version")
+                self.version, self._unfit = version, ""
                 await self._control(self._llm.resume_generation(), "resume")
-                self._updated.set()
-                self._updated = asyncio.Event()
-                pause_s = time.monotonic() - began
+                self._update_ended()
+                resumed = time.monotonic()
             probe = await self._probe(version)
         return Receipt(
             worker=self.name,
             version=version,
-            pause_s=pause_s,
-            stage_s=stage_s,
+            pause_s=resumed - paused,
+            stage_s=paused - began,
             num_bytes=int(blob.nbytes),
-            tensors_published=report["published"],
-            tensors_checked=report["checked"],
+            checksums=report["checksums"],
             probe=probe,
         )
 
     async def _pause(self) -> None:
         """Sequences stand still, with what they have; or they end here, and `sample` starts them again."""
-        mode = "keep" if self._rollout.in_flight == "keep" else "abort"
         # Not `pause_generation`, which does this and then sleeps for 20 ms, so that outputs arrive before it returns.
+        mode = "keep" if self._rollout.in_flight == "keep" else "abort"
         await self._control(self._llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False), "pause")
 
-    async def _stage(self, update: Any) -> Mapping[str, Any]:
+    async def _stand_still(self, sentence: str) -> NoReturn:
+        """Paused as it is, the engine stays so. Every sequence ends."""
+        self._unfit = sentence
+        await self._control(self._llm.engine_core.pause_scheduler_async(mode="abort", clear_cache=False), "end its sequences")
+        self._update_ended()
+        raise WeightsMismatch(sentence)
+
+    def _update_ended(self) -> None:
+        self._updated.set()
+        self._updated = asyncio.Event()
+
+    async def _stage(self, version: int, update: Any) -> None:
         """Build and check the new weights beside the live ones, which go on sampling."""
         await self._control(self._llm.start_weight_update(), "begin a weight update")
         await self._control(self._llm.update_weights(update), "stage the weights")
         report = await self._bounded(self._staged(), PROBE_TIMEOUT_S, "stage the weights")
         if report["mismatch"]:
             await self._control(self._llm.finish_weight_update(), "give up a weight update")
-        return report
+            raise WeightsMismatch(self._sentence(version, report))
 
-    async def _take_over(self, version: int) -> Mapping[str, Any]:
+    async def _take_over(self) -> Mapping[str, Any]:
         """What was staged becomes live, and is looked at once more."""
-        await self._control(self._llm.finish_weight_update(str(version)), "take the weights over")
+        await self._control(self._llm.finish_weight_update(), "take the weights over")
         return await self._report()
 
-    async def _load_in_place(self, version: int, update: Any) -> Mapping[str, Any]:
+    async def _load_in_place(self, update: Any) -> Mapping[str, Any]:
         """Policy, then draft, layer by layer into the live models."""
         await self._control(self._llm.start_weight_update(), "begin a weight update")
         await self._control(self._llm.update_weights(update), "load the policy")
-        await self._control(self._llm.finish_weight_update(str(version)), "finish the policy's update")
+        await self._control(self._llm.finish_weight_update(), "finish the policy's update")
         if self._rollout.speculative_tokens:
             await self._control(self._llm.start_draft_weight_update(), "begin the draft's update")
             await self._control(self._llm.update_weights(update), "load the draft")
             await self._control(self._llm.finish_weight_update(), "finish the draft's update")
         return await self._report()
 
-    def _must_hold(self, version: int, report: Mapping[str, Any]) -> None:
-        if sentence := report["mismatch"]:
-            raise WeightsMismatch(f"worker {self.name} does not hold version {version}: {sentence}")
+    def _sentence(self, version: int, report: Mapping[str, Any]) -> str:
+        return f"worker {self.name} does not hold version {version}: {report['mismatch']}"
 
     async def _staged(self) -> Mapping[str, Any]:
         """What staging came to, once it has ended."""
@@ -194,7 +213,7 @@ class Engine:
         vLLM keeps them in this process anyway; nothing is sent, and nothing is copied twice.
         """
         states = {s.external_req_id: s for s in self._llm.output_processor.request_states.values()}
-        return {name: cut_off(states[name], start) for name, start in since.items() if name in states}
+        return {name: cut_off(states[name], start, began=self._began[name]) for name, start in since.items() if name in states}
 
     def shutdown(self) -> None:
         """End the engine's processes, by force if they do not end by themselves."""
@@ -233,7 +252,7 @@ class Engine:
     async def _generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, max_tokens: int, stop_ids: list[int], request_id: str
     ) -> Completion | None:
-        """None if an update ended the sequence."""
+        """None if an update ended the sequence: `sample` knows what then."""
         import vllm
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -254,17 +273,20 @@ class Engine:
         )
         final: Any = None
         prompt = [int(i) for i in prompt_ids]
+        began = self._began[request_id] = self.version
         try:
             async for output in self._llm.generate({"prompt_token_ids": prompt}, request, request_id):
                 final = output
         except EngineDeadError as error:
             raise EngineError(f"the engine process of worker {self.name} died; its log says why") from error
-        if final is not None and final.outputs[0].finish_reason == "abort" and self._rollout.in_flight == "restart":
+        finally:
+            del self._began[request_id]
+        reason = None if final is None else final.outputs[0].finish_reason
+        if reason == "abort" and (self._rollout.in_flight == "restart" or self._unfit):
             return None
-        if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
-            reason = None if final is None else final.outputs[0].finish_reason
+        if reason not in ("stop", "length"):
             raise EngineError(f"worker {self.name} gave up request {request_id} (finish reason {reason!r}); wanted 'stop' or 'length'")
-        return completion(prompt, final.outputs[0], speculative=bool(self._rollout.speculative_tokens))
+        return completion(prompt, final.outputs[0], began=began, speculative=bool(self._rollout.speculative_tokens))
 
     async def _control(self, call: Awaitable[T], what: str) -> T:
         return await self._bounded(call, CONTROL_TIMEOUT_S, what)
@@ -278,72 +300,6 @@ class Engine:
             raise EngineError(f"worker {self.name} did not {what} within {seconds:.0f} s") from None
         except EngineDeadError as error:
             raise EngineError(f"worker {self.name} could not {what}: its engine process died") from error
-
-
-def completion(prompt: Sequence[int], output: Any, *, speculative: bool) -> Completion:
-    """A Completion from what vLLM reports of a finished sequence.
-
-    A verifying step of the policy yields its accepted drafts and one token more; any other step yields one token:
-
-        T = plain steps + verifying steps + accepted      (less what stood behind a stop token)
-    """
-    ids = np.asarray(output.token_ids, np.int32)
-    flat = output.logprobs
-    logprobs = np.asarray([flat.logprobs[start] for start in flat.start_indices], np.float32)
-    chosen = np.asarray([flat.token_ids[start] for start in flat.start_indices], np.int32)
-    assert np.array_equal(ids, chosen), f"logprobs of tokens {chosen} came for sampled tokens {ids}"
-    steps, drafted, accepted = len(ids), 0, 0
-    positions: tuple[tuple[int, int], ...] = ()
-    if speculative and (metrics := output.spec_decode_metrics) is not None:
-        verifying, drafted, accepted = len(metrics.per_step_drafted), metrics.num_draft_tokens, sum(metrics.per_step_accepted)
-        positions = by_position(metrics.per_step_drafted, metrics.per_step_accepted)
-        steps = verifying + max(1, len(ids) - verifying - accepted)
-    spans = tuple(VersionSpan(start=s.start, stop=s.end, version=int(s.version)) for s in output.weight_versions or ())
-    age = state_age(spans, spans[0].version if spans else 0)
-    return Completion(
-        prompt_ids=np.asarray(prompt, np.int32),
-        token_ids=ids,
-        logprobs=logprobs,
-        spans=spans,
-        finish_reason=THOUGHT_FULL if output.stop_reason == THOUGHT_FULL else output.finish_reason,
-        engine_steps=steps,
-        drafted=drafted,
-        accepted=accepted,
-        positions=positions,
-        state_age_sum=age[0],
-        state_age_max=age[1],
-    )
-
-
-def by_position(drafted: Sequence[int], accepted: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """From what each step drafted and accepted: [2, 1, 2], [1, 1, 0] -> ((3, 2), (2, 0))."""
-    longest = max(drafted, default=0)
-    return tuple((sum(d >= j for d in drafted), sum(a >= j for a in accepted)) for j in range(1, longest + 1))
-
-
-def state_age(spans: Sequence[VersionSpan], first: int) -> tuple[int, int]:
-    """(sum, max) over tokens of one request. Its `first` version read the prompt, since nothing is cached between requests, and all later
-    states grow from that."""
-    ages = [(s.version - first, s.stop - s.start) for s in spans]
-    return sum(age * count for age, count in ages), max((age for age, _ in ages), default=0)
-
-
-def cut_off(state: Any, start: int) -> Completion:
-    """Tokens from `start` on of a sequence that has not ended, from vLLM's state of it. What it drafted is known at its end only."""
-    ids, flat = state.detokenizer.output_token_ids[start:], state.logprobs_processor.logprobs
-    whole = state._weight_version_spans() or ()
-    spans = tuple(VersionSpan(start=max(s.start - start, 0), stop=s.end - start, version=int(s.version)) for s in whole if s.end > start)
-    age = state_age(spans, int(whole[0].version) if whole else 0)
-    return Completion(
-        prompt_ids=np.asarray(state.prompt_token_ids if start == 0 else (), np.int32),
-        token_ids=np.asarray(ids, np.int32),
-        logprobs=np.asarray([flat.logprobs[at] for at in flat.start_indices[start:]], np.float32),
-        spans=spans,
-        finish_reason=CUT_OFF,
-        engine_steps=len(ids),
-        state_age_sum=age[0],
-        state_age_max=age[1],
-    )
 
 
 def engine_arguments(model_path: str, dtype: str, rollout: RolloutConfig, seed: int) -> dict[str, Any]:

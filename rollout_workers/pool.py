@@ -116,6 +116,8 @@ class Pool:
                 deaths.append(f"worker {place.name} died")
                 left = await self._left_by(place, actor)
                 await self._revive(place, actor, death)
+            except WeightsMismatch as error:
+                raise mismatch(error) from error
             finally:
                 place.groups.discard(group_id)
                 self._routing.give_back(place.name)
@@ -214,10 +216,7 @@ class Pool:
 
     async def _load(self, place: Place, version: int, weights: Ref) -> Receipt:
         sentence = f"worker {place.name} did not load version {version} within {PUBLISH_TIMEOUT_S:.0f} s"
-        try:
-            receipt: Receipt = await bounded(place.actor.load_weights.remote(version, weights), PUBLISH_TIMEOUT_S, sentence)
-        except WeightsMismatch as error:  # not a death: a restarted worker would be given the same bytes
-            raise PoolError(str(getattr(error, "cause", error))) from error
+        receipt: Receipt = await bounded(place.actor.load_weights.remote(version, weights), PUBLISH_TIMEOUT_S, sentence)
         return receipt
 
     async def _revive(self, place: Place, dead: Any, death: BaseException) -> None:
@@ -298,3 +297,10 @@ async def bounded(ref: Awaitable[T], seconds: float, sentence: str) -> T:
         return await asyncio.wait_for(as_future(ref), seconds)
     except TimeoutError:
         raise PoolError(sentence) from None
+    except WeightsMismatch as error:
+        raise mismatch(error) from error
+
+
+def mismatch(error: WeightsMismatch) -> PoolError:
+    """Not a death, after which a worker is started again: it would be given the same bytes."""
+    return PoolError(str(getattr(error, "cause", error)))

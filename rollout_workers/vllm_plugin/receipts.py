@@ -49,7 +49,7 @@ class Answer:
 class Manifest:
     """What the live models must hold."""
 
-    contents: dict[str, int] = field(default_factory=dict)  # {"policy model.layers.0.mixer.attn._k_scale": what it held at the start}
+    contents: dict[str, int] = field(default_factory=dict)  # {"policy model.norm_f.weight": of the parameter or buffer}
     answers: dict[str, Answer] = field(default_factory=dict)  # {"policy lm_head": of its packed weight}
 
 
@@ -74,7 +74,8 @@ def process(parts: Sequence[Part], constants: Mapping[str, int]) -> Manifest:
     manifest = Manifest()
     for part in parts:
         for name, pieces in part.pieces.items():
-            loaded(f"{part.name}.{name}", name, getattr(part.shadow, name), list(pieces.values()))
+            label = f"{part.name}.{name}"
+            manifest.contents[label] = loaded(label, name, getattr(part.shadow, name), list(pieces.values()))
     for part in parts:
         weight, method = part.shadow._parameters.get("weight"), getattr(part.shadow, "quant_method", None)
         if part.pieces and method is not None and hasattr(method, "process_weights_after_loading"):
@@ -87,6 +88,7 @@ def process(parts: Sequence[Part], constants: Mapping[str, int]) -> Manifest:
     for part in parts:
         for name, live, new in part.tensors():
             if new is not live:
+                manifest.contents.setdefault(f"{part.name}.{name}", content(new))
                 continue
             label, home = f"{part.name}.{name}", homes.get(live.untyped_storage().data_ptr()) if live.numel() else None
             if home is not None and home.numel() == live.numel():  # a view of a parameter that is new
@@ -98,14 +100,15 @@ def process(parts: Sequence[Part], constants: Mapping[str, int]) -> Manifest:
     return manifest
 
 
-def loaded(label: str, name: str, param: Tensor, pieces: Sequence[Piece]) -> None:
-    """Raise Mismatch unless `param` holds what the pieces hold."""
+def loaded(label: str, name: str, param: Tensor, pieces: Sequence[Piece]) -> int:
+    """The content of `param`. Raises Mismatch unless it holds what the pieces hold."""
     if strange := [p for p in pieces if not p.published]:
         raise Mismatch(f"{label} was loaded from {len(strange)} tensors that nobody published: no rule says what it should be")
     rule = RULES.get(name, lambda piece: piece)
     wanted, found = sum(content(rule(p.data).to(param.dtype)) for p in pieces), content(param)
     if wanted != found:
         raise Mismatch(f"{label} holds {found:#x}, but {', '.join(p.published for p in pieces)} make {wanted:#x}")
+    return found
 
 
 def reply(module: nn.Module, width: int, dtype: torch.dtype) -> Tensor:
@@ -141,11 +144,8 @@ def verify(parts: Sequence[Part], manifest: Manifest) -> None:
             if id(live) in seen:
                 continue
             seen.add(id(live))
-            if (wanted := manifest.contents.get(label)) is None:
-                if not same_bits(live, new):
-                    raise Mismatch(f"{label} holds {content(live):#x}, but should hold {content(new):#x}")
-            elif (found := content(live)) != wanted:
-                raise Mismatch(f"{label} holds {found:#x}, but should hold {wanted:#x}")
+            if not (content(live) == manifest.contents[label] if new is live else same_bits(live, new)):
+                raise Mismatch(f"{label} holds {content(live):#x}, but should hold {manifest.contents[label]:#x}")
         packed = manifest.answers.get(part.name)
         if packed is not None and not torch.equal(reply(part.live, packed.width, packed.reply.dtype), packed.reply):
             raise Mismatch(f"the packed copy of {part.name}.weight is not the one that was made of its new weight")

@@ -64,15 +64,12 @@ class Shadow:
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
         self.parts: list[Part] = []
-        self.published = 0
-        """Tensors that were there to be loaded."""
         self._modules: dict[int, nn.Module] = {}
         self._tensors: dict[int, Tensor] = {}
         self.models = {role: self._shadow(model, role) for role, model in models.items()}
 
     def load(self, published: Mapping[str, Tensor]) -> set[str]:
         """Every model takes the names that it knows; returns those that somebody took."""
-        self.published = len(published)
         names = Names(published)
         for part in self.parts:
             for name, _, tensor in part.tensors():
@@ -89,11 +86,6 @@ class Shadow:
                 # Mamba's view of its convolution's weight, which vLLM makes once; kernels may pack the weight itself.
                 part.put("conv_weights", conv.weight.detach().clone().view(part.shadow._buffers["conv_weights"].shape))  # type: ignore[union-attr, operator, arg-type]
         return {piece.published for part in self.parts for pieces in part.pieces.values() for piece in pieces.values()}
-
-    @property
-    def size(self) -> int:
-        """Parameters and buffers."""
-        return sum(1 for part in self.parts for _ in part.tensors())
 
     def _shadow(self, live: nn.Module, name: str) -> nn.Module:
         """`live` without its tensors: attributes are shared, children and tensors are its own."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,10 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """`path` of a sealed safetensors file that every worker of the engine can open; names as in a Hugging Face checkpoint."""
+    """`path` of a safetensors file sealed as `version` that every worker of the engine can open; names as in a Hugging Face checkpoint."""
 
     path: str = ""
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +44,8 @@ class Report:
 
     mismatch: str = ""
     """Which tensor is not what it should be, in a sentence."""
-    published: int = 0  # tensors whose checksums are the publisher's
-    checked: int = 0  # parameters, buffers and packed weights that hold what follows from these, or that never change
+    checksums: dict[str, int] = field(default_factory=dict)
+    """Contents of all parameters and buffers: they follow from what was published, or never change. Empty if loaded in place."""
 
 
 class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -72,8 +73,7 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._report is None and self._staging is not None and self._staging.done():
             error = self._staging.exception()
             if error is None:
-                shadow, manifest = self._staging.result()
-                return Report(published=shadow.published, checked=shadow.size + len(manifest.answers))
+                return Report()
             known = isinstance(error, receipts.Mismatch | seal.BadSeal)
             self._report = Report(mismatch=str(error) if known else f"the new weights do not load: {type(error).__name__}: {error}")
         return self._report
@@ -95,15 +95,15 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         self._report = None
         if self.stages:
-            self._staging = self._thread.submit(self._stage, update_info.path)
+            self._staging = self._thread.submit(self._stage, update_info)
             return
         try:
-            checked = seal.check(np.memmap(update_info.path, np.uint8, "r"))
+            seal.check(np.memmap(update_info.path, np.uint8, "r"), update_info.version)
         except seal.BadSeal as error:
             self._report = Report(mismatch=str(error))
             return
         self.model.load_weights(tensors_of(update_info.path).items())  # type: ignore[operator]
-        self._report = Report(published=len(checked))
+        self._report = Report()
 
     @torch.no_grad()
     def finish_weight_update(self) -> None:
@@ -125,12 +125,13 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         except receipts.Mismatch as error:
             self._report = Report(mismatch=str(error))
         else:
-            self._report = Report(published=shadow.published, checked=shadow.size + len(manifest.answers))
+            self._report = Report(checksums=manifest.contents)
 
     @torch.no_grad()
-    def _stage(self, path: str) -> tuple[staging.Shadow, receipts.Manifest]:
+    def _stage(self, update_info: UpdateInfo) -> tuple[staging.Shadow, receipts.Manifest]:
         """In a thread: the checked shadow, packed and ready to be taken over."""
-        checked, published = seal.check(np.memmap(path, np.uint8, "r")), tensors_of(path)
+        checked = seal.check(np.memmap(update_info.path, np.uint8, "r"), update_info.version)
+        published = tensors_of(update_info.path)
         shadow = staging.Shadow(self._models)
         values = {checked[name] for name in shadow.load(published) if name}
         for name in published:

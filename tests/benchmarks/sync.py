@@ -43,10 +43,11 @@ async def measure(model: Path, suffix: str) -> dict[str, list[float]]:
     rollout = RolloutConfig(max_num_seqs=16, max_model_len=4096, speculative_tokens=2 if has_mtp(str(model)) else 0, kv_cache_gib=1.0)
     stop_ids = chat_format(str(model)).stop_ids
     engine = await Engine.start(name="w0", model_path=str(model), dtype="float32", rollout=rollout, stop_ids=stop_ids)
-    blob = seal(np.fromfile(model / "model.safetensors", np.uint8))
+    weights = np.fromfile(model / "model.safetensors", np.uint8)
     figures: dict[str, list[float]] = {name: [] for name in ("pause_ms", "stage_ms", "longest_gap_ms", "bytes_per_s", "copy_ms")}
     try:
         for version in range(REPETITIONS + 1):
+            blob = seal(weights, version + 1)
             update = await updated(engine, version + 1, blob)
             update["copy_ms"] = copy_ms(blob)
             if version:  # the first round warms up

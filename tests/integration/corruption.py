@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from rollout_workers.vllm_plugin import receipts, staging
 from rollout_workers.vllm_plugin.staging import Part
@@ -14,14 +16,30 @@ TAKE, PROCESS = staging.take, receipts.process
 class Corrupting(WorkerExtension):
     """Named as the worker extension of an engine in place of its base class."""
 
+    constants: ClassVar[list[Tensor]] = []
+
+    def tensor_names(self) -> list[str]:
+        """Of all parameters and buffers, tied ones too: what a receipt must cover."""
+        models = {"policy": self.model_runner.get_model(), "draft": self.get_draft_model()}  # type: ignore[attr-defined]
+        return [
+            f"{role} {name}"
+            for role, model in models.items()
+            for each in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+            for name, _ in each
+        ]
+
     def corrupt(self, harm: str) -> None:
         """The next updates suffer `harm`, until there is another; "" is none."""
+        for tensor in self.constants:  # no update mends what nobody publishes
+            tensor.fill_(1.0)
+        self.constants.clear()
 
         def take(part: Part, taken: set[int]) -> list[Any]:
             packed = part.live.__dict__.get("cpu_linear")
             if harm == "stale draft" and part.name.startswith("draft "):
                 return []
             if harm == "constant" and part.name == "policy model.layers.3.mixer.attn":
+                self.constants.append(part.live._k_scale)  # type: ignore[arg-type]
                 part.live._k_scale.fill_(0.5)  # type: ignore[operator, union-attr]
             before = TAKE(part, taken)
             if harm == "parameter" and part.name == "policy model.norm_f":

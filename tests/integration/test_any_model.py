@@ -50,7 +50,7 @@ async def test_engine_and_learner_agree_before_and_after_new_weights(tmp_path: P
             for parameter in model.parameters():
                 parameter.mul_(1.02)
         blob = safetensors.torch.save({name: tensor.contiguous().clone() for name, tensor in model.engine_state().items()})
-        receipt = await engine.load_weights(1, seal(np.frombuffer(blob, np.uint8)))
+        receipt = await engine.load_weights(1, seal(np.frombuffer(blob, np.uint8), 1))
         assert max(error(model, completion) for completion in receipt.probe) < 1e-3
         after = await engine.sample(prompt, params, request_id="after")
         assert error(model, after) < 1e-3

@@ -69,7 +69,7 @@ class Served:
 
     def load(self, blob: NDArray[np.uint8]) -> Any:
         self.version += 1
-        return self.run(self.engine.load_weights(self.version, blob))
+        return self.run(self.engine.load_weights(self.version, seal(blob, self.version)))
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,9 @@ def of_sampled(logprobs: NDArray[np.float64], c: Completion) -> NDArray[np.float
 
 
 def checkpoint(served: Served, change: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, w: w) -> NDArray[np.uint8]:
-    """The checkpoint's bytes with changed tensors, as a learner would publish it."""
+    """The checkpoint's bytes with changed tensors."""
     weights = {name: change(name, w).contiguous() for name, w in load_file(served.model / "model.safetensors").items()}
-    return seal(np.frombuffer(save(weights), np.uint8))
+    return np.frombuffer(save(weights), np.uint8)
 
 
 def reference(served: Served, blob: NDArray[np.uint8] | None = None, folder: Path | None = None) -> NemotronHForCausalLM:
@@ -283,24 +283,51 @@ HARMS = {
 
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_tensor_that_is_not_what_was_published_stops_the_update_by_name(served: Served, harm: str) -> None:
-    generator = torch.Generator().manual_seed(5)
-    blob = checkpoint(served, lambda _, w: w * (1 + 0.01 * torch.rand(w.shape, generator=generator)))
+    """Found while it is staged ("loader"), the engine goes on with what it has; found when it is live, it samples no token more."""
+    generator, name = torch.Generator().manual_seed(5), f"harmed-{harm}"
+    blob, old = checkpoint(served, lambda _, w: w * (1 + 0.01 * torch.rand(w.shape, generator=generator))), served.version
+    sentence = f"^worker w0 does not hold version {old + 1}: {HARMS[harm]}"
+
+    async def load_amid_sampling() -> asyncio.Task[Completion]:
+        work = asyncio.create_task(served.engine.sample([5, 6], SamplingParams(max_tokens=400), request_id=name))
+        while not served.engine.under_way({name: 0}):
+            await asyncio.sleep(0.002)
+        with pytest.raises(WeightsMismatch, match=sentence):
+            await served.engine.load_weights(old + 1, seal(blob, old + 1))
+        await asyncio.wait([work])
+        return work
+
+    served.engine._stop_ids = []
     served.run(served.engine._llm.collective_rpc("corrupt", args=(harm,)))
-    with pytest.raises(WeightsMismatch, match=f"^worker w0 does not hold version {served.version + 1}: {HARMS[harm]}"):
-        served.load(blob)
-    served.run(served.engine._llm.collective_rpc("corrupt", args=("",)))
+    try:
+        work = served.run(load_amid_sampling())
+        if harm == "loader":
+            assert [(s.version, s.stop) for s in work.result().spans] == [(old, 400)]
+        else:
+            for unserved in (work.result, lambda: served.sample([[5, 6]], "refused")):
+                with pytest.raises(WeightsMismatch, match=sentence):
+                    unserved()
+    finally:
+        served.engine._stop_ids = [STOP]
+        served.run(served.engine._llm.collective_rpc("corrupt", args=("",)))
     receipt = served.load(checkpoint(served))
-    assert receipt.tensors_checked > receipt.tensors_published > 50
+    (names,) = served.run(served.engine._llm.collective_rpc("tensor_names"))
+    missing = set(names) - receipt.checksums.keys()
+    assert not missing
+    assert {s.version for c in served.sample([[5, 6]], "mended") for s in c.spans} == {served.version}
 
 
 def test_bytes_that_changed_on_the_way_stop_the_update_by_name(served: Served) -> None:
-    blob = checkpoint(served).copy()
+    version = served.version + 1
+    blob = seal(checkpoint(served), version)
     blob[-1] ^= 1
-    with pytest.raises(WeightsMismatch, match=r"worker w0 does not hold version \d+: tensor [\w.]+ arrived with checksum"):
-        served.load(blob)
+    with pytest.raises(WeightsMismatch, match=rf"worker w0 does not hold version {version}: tensor [\w.]+ arrived with checksum"):
+        served.run(served.engine.load_weights(version, blob))
     with pytest.raises(WeightsMismatch, match="carry no checksums"):
-        served.load(np.fromfile(served.model / "model.safetensors", np.uint8))
-    served.load(checkpoint(served))
+        served.run(served.engine.load_weights(version, checkpoint(served)))
+    with pytest.raises(WeightsMismatch, match=f"are sealed as version {version - 1}"):
+        served.run(served.engine.load_weights(version, seal(checkpoint(served), version - 1)))
+    assert {s.version for c in served.sample([[5, 6]], "unchanged") for s in c.spans} == {version - 1}
 
 
 def test_sequences_in_flight_are_restarted_from_their_prompt_where_so_configured(served: Served) -> None:
@@ -313,7 +340,7 @@ def test_sequences_in_flight_are_restarted_from_their_prompt_where_so_configured
         work = [asyncio.create_task(served.engine.sample(p, params, request_id=n)) for n, p in zip(names, asked, strict=True)]
         while not any(len(part.token_ids) for part in served.engine.under_way(names).values()):
             await asyncio.sleep(0.002)
-        await served.engine.load_weights(old + 1, blob)
+        await served.engine.load_weights(old + 1, seal(blob, old + 1))
         return await asyncio.gather(*work)
 
     asked = prompts(12, seed=8, high=30)
@@ -343,7 +370,7 @@ def test_new_weights_arrive_in_flight_whole_and_the_sequences_go_on(served: Serv
         served.engine._stop_ids = []  # so that they run long enough
         running = [asyncio.create_task(served.engine.sample(p, params, request_id=f"flight-{i}")) for i, p in enumerate(asked)]
         await asyncio.sleep(1.5)
-        receipt = await served.engine.load_weights(old + 1, blob)
+        receipt = await served.engine.load_weights(old + 1, seal(blob, old + 1))
         return await asyncio.gather(*running), receipt
 
     try:
@@ -379,7 +406,7 @@ def test_what_is_shown_of_sequences_under_way_is_how_they_end(served: Served) ->
     async def watched() -> list[Completion]:
         asked = SamplingParams(max_tokens=200)
         work = [asyncio.create_task(served.engine.sample(p, asked, request_id=n)) for n, p in zip(names, prompts(8, seed=9), strict=True)]
-        update = asyncio.create_task(served.engine.load_weights(served.version, blob))
+        update = asyncio.create_task(served.engine.load_weights(served.version, seal(blob, served.version)))
         while not all(w.done() for w in work):
             await asyncio.sleep(0.002)
             for name, part in served.engine.under_way(seen).items():
@@ -448,7 +475,7 @@ def test_a_closed_thought_keeps_its_versions_across_an_update_in_flight(served: 
         ]
         while not any("." in s.request_id.removeprefix("across-") for s in samplers):
             await asyncio.sleep(0.002)
-        await served.engine.load_weights(old + 1, checkpoint(served))
+        await served.engine.load_weights(old + 1, seal(checkpoint(served), old + 1))
         return await asyncio.gather(*work)
 
     try:

@@ -8,7 +8,7 @@ import pytest
 from rl_core.drafts import CUT_OFF, joined
 from rl_core.metrics import group_figures
 from rl_core.types import Completion, VersionSpan
-from rollout_workers.engine import state_age
+from rollout_workers.completions import state_age
 from tests.unit.fakes import group_result
 
 
@@ -19,16 +19,18 @@ def spans(*tokens: tuple[int, int]) -> list[VersionSpan]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "first", "age"),
+    ("tokens", "began", "age"),
     [
         ([(10, 4)], 4, (0, 0)),
         ([(10, 4), (5, 5), (2, 7)], 4, (5 * 1 + 2 * 3, 3)),
-        ([(3, 7)], 5, (6, 2)),  # the later half of a request that began two versions ago
+        ([(3, 7)], 5, (6, 2)),  # updates came while its prompt was read, or before what is shown of it
         ([], 0, (0, 0)),
     ],
 )
-def test_a_tokens_age_counts_from_the_version_that_read_its_prompt(tokens: list[tuple[int, int]], first: int, age: tuple[int, int]) -> None:
-    assert state_age(spans(*tokens), first) == age
+def test_a_tokens_age_counts_from_the_version_its_request_began_under(
+    tokens: list[tuple[int, int]], began: int, age: tuple[int, int]
+) -> None:
+    assert state_age(spans(*tokens), began) == age
 
 
 def test_two_halves_of_a_turn_keep_their_own_ages() -> None:
