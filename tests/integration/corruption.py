@@ -19,12 +19,13 @@ class Corrupting(WorkerExtension):
     constants: ClassVar[list[Tensor]] = []
 
     def tensor_names(self) -> list[str]:
-        """Of all parameters and buffers, tied ones too: what a receipt must cover."""
-        models = {"policy": self.model_runner.get_model(), "draft": self.get_draft_model()}  # type: ignore[attr-defined]
+        """Of all parameters and buffers, tied ones too: what a receipt must cover. A module that two models share is the first one's."""
+        models, seen = {"policy": self.model_runner.get_model(), "draft": self.get_draft_model()}, set()  # type: ignore[attr-defined]
         return [
-            f"{role} {name}"
+            ".".join(filter(None, (f"{role} {path}".strip(), name)))
             for role, model in models.items()
-            for each in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+            for path, module in model.named_modules(memo=seen)
+            for each in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
             for name, _ in each
         ]
 
