@@ -188,6 +188,10 @@ class RolloutWorkers(Protocol):
         """Return once every engine samples from `version`."""
         ...
 
+    def revived(self) -> Sequence[Receipt]:
+        """Of engines that were started again, and have loaded the newest weights, since the last call."""
+        ...
+
 
 class Learner(Protocol):
     """Owns the trained weights and the optimizer. A step has two halves, so that publication overlaps the gradients."""

@@ -15,8 +15,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -123,7 +123,7 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async with self._loading:
-            with in_memory_file(blob) as path:
+            async with in_memory_file(blob) as path:
                 update = WeightTransferUpdateRequest({"path": path, "version": version})
                 began = time.monotonic()
                 if self._stages:
@@ -366,17 +366,18 @@ def probe_prompts(vocab_size: int) -> list[list[int]]:
     return [rng.integers(0, vocab_size, 8 * 2**i).tolist() for i in range(PROBES)]
 
 
-@contextmanager
-def in_memory_file(blob: NDArray[np.uint8]) -> Iterator[str]:
+@asynccontextmanager
+async def in_memory_file(blob: NDArray[np.uint8]) -> AsyncIterator[str]:
     """A path under which other processes of this user can read `blob`. It holds no disk, and goes with this process at the latest."""
-    descriptor = os.memfd_create("polyrl-weights")
-    try:
-        view = memoryview(np.ascontiguousarray(blob).data).cast("B")
-        while view:
-            view = view[os.write(descriptor, view) :]
-        yield f"/proc/{os.getpid()}/fd/{descriptor}"
-    finally:
-        os.close(descriptor)
+    with os.fdopen(os.memfd_create("polyrl-weights"), "wb", buffering=0) as file:
+
+        def write() -> None:
+            view = memoryview(np.ascontiguousarray(blob).data).cast("B")
+            while view:
+                view = view[file.write(view) :]
+
+        await asyncio.to_thread(write)  # half a second for half a gigabyte, in which tokens and environments go on
+        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def _descendants() -> list[psutil.Process]:

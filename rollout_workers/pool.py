@@ -77,6 +77,7 @@ class Pool:
         """What an earlier life of the run left of its groups; taken out as they are taken up."""
         self._reading: dict[Any, asyncio.Future[dict[str, Drafts]]] = {}  # by dead worker
         self._reviving: set[asyncio.Future[None]] = set()
+        self._revived: list[Receipt] = []
         self._rewards = RewardActors()
         self._places = {(name := f"w{i}"): Place(name=name) for i in range(config.rollout.num_workers)}
         self._routing = Routing(self._places)
@@ -150,6 +151,10 @@ class Pool:
         """Publish `weights` (a reference to a safetensors blob) to every engine."""
         self.latest = (version, weights)
         return list(await asyncio.gather(*(self._publish(place, version, weights) for place in self._places.values())))
+
+    def revived(self) -> Sequence[Receipt]:
+        receipts, self._revived = self._revived, []
+        return receipts
 
     async def aclose(self) -> None:
         """End everything that this pool started."""
@@ -227,16 +232,16 @@ class Pool:
         async def restart() -> None:
             async with place.control:
                 if place.actor is dead:
-                    await self._restart(place, death)
+                    await self._bring_back(place, death)
 
         reviving = asyncio.ensure_future(restart())
         if not self._routing.any_up():
             await reviving
             return
         self._reviving.add(reviving)  # should it fail, the next publication fails for the same reason, and ends the run
-        reviving.add_done_callback(self._revived)
+        reviving.add_done_callback(self._has_revived)
 
-    def _revived(self, done: asyncio.Future[None]) -> None:
+    def _has_revived(self, done: asyncio.Future[None]) -> None:
         self._reviving.discard(done)
         if not done.cancelled() and done.exception() is not None:
             log.error("a worker did not come back: %s", done.exception())
@@ -247,8 +252,14 @@ class Pool:
             place = next(iter(self._places.values()))
             async with place.control:
                 if not self._routing.is_up(place.name):
-                    await self._restart(place, EngineError(f"worker {place.name} is gone"))
+                    await self._bring_back(place, EngineError(f"worker {place.name} is gone"))
         return self._places[worker]
+
+    async def _bring_back(self, place: Place, death: BaseException) -> None:
+        """A restart between publications: the learner has yet to see its receipt."""
+        receipt = await self._restart(place, death)
+        if receipt is not None:
+            self._revived.append(receipt)
 
     async def _restart(self, place: Place, death: BaseException) -> Any:
         self._routing.down(place.name)

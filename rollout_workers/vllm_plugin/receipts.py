@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rollout_workers.vllm_plugin.staging import Part, Piece
 
@@ -38,19 +38,30 @@ class Mismatch(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a packed weight of `width` columns answers to the fixed input."""
+class Question:
+    """What a packed weight must answer to the fixed input."""
 
-    width: int
-    reply: Tensor  # [1 + ONE_HOTS, out]
+    part: Part
+    asked: Tensor  # [1 + ONE_HOTS, in]
+    picked: Tensor  # [ONE_HOTS, out] its answers to all rows but the first, to the bit
+    mixed: Tensor  # [out] and to the first
+    bound: float  # but for so much rounding
+
+    @torch.no_grad()
+    def ask(self) -> None:
+        """Raise Mismatch if the answer is wrong. Only in the thread that samples: vLLM's CPU kernels share one scratch memory, so that two
+        of them at a time spoil each other's results without a word."""
+        answer = self.part.shadow.__dict__["cpu_linear"](self.asked, self.part.shadow.weight, None)
+        if not torch.equal(answer[1:], self.picked) or not float((answer[0] - self.mixed).abs().max()) <= self.bound:
+            raise Mismatch(f"the packed copy of {self.part.name}.weight does not multiply as the weight that it was made of")
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What the live models must hold."""
+    """What the live models must hold, and what is still to be asked of the packed weights that they are to be given."""
 
     contents: dict[str, int] = field(default_factory=dict)  # {"policy model.norm_f.weight": of the parameter or buffer}
-    answers: dict[str, Answer] = field(default_factory=dict)  # {"policy lm_head": of its packed weight}
+    questions: list[Question] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -80,10 +91,8 @@ def process(parts: Sequence[Part], constants: Mapping[str, int]) -> Manifest:
         weight, method = part.shadow._parameters.get("weight"), getattr(part.shadow, "quant_method", None)
         if part.pieces and method is not None and hasattr(method, "process_weights_after_loading"):
             method.process_weights_after_loading(part.shadow)
-        if weight is not None and "weight" in part.pieces and weight.dim() == 2 and "cpu_linear" in part.shadow.__dict__:
-            answer = Answer(weight.shape[1], reply(part.shadow, weight.shape[1], weight.dtype))
-            packed(part.name, answer, weight)
-            manifest.answers[part.name] = answer
+        if weight is not None and weight.dim() == 2 and "cpu_linear" in part.processed():
+            manifest.questions.append(question(part, weight))
     homes = {live.untyped_storage().data_ptr(): new for part in parts for _, live, new in part.tensors() if new is not live}
     for part in parts:
         for name, live, new in part.tensors():
@@ -111,27 +120,18 @@ def loaded(label: str, name: str, param: Tensor, pieces: Sequence[Piece]) -> int
     return found
 
 
-def reply(module: nn.Module, width: int, dtype: torch.dtype) -> Tensor:
-    """[1 + ONE_HOTS, out] what the module's CPU kernel multiplies the fixed input with."""
-    y: Tensor = module.__dict__["cpu_linear"](question(width, dtype), module.weight, None)
-    return y
+def question(part: Part, weight: Tensor) -> Question:
+    asked = rows(weight.shape[1], weight.dtype)
+    bound = 16 * torch.finfo(weight.dtype).eps * float(asked[0].float().norm()) * float(weight.float().norm(dim=1).max())
+    return Question(part, asked, weight[:, asked[1:].argmax(1)].t(), F.linear(asked[:1], weight)[0], bound)
 
 
 @lru_cache(256)
-def question(width: int, dtype: torch.dtype) -> Tensor:
+def rows(width: int, dtype: torch.dtype) -> Tensor:
     """[1 + ONE_HOTS, width]: one row of noise, which every element has a part in, and some that pick a column each."""
     noise = torch.randn(1, width, generator=torch.Generator().manual_seed(width))
     hot = F.one_hot(torch.linspace(0, width - 1, ONE_HOTS).long(), width).float()
     return torch.cat([noise, hot]).to(dtype)
-
-
-def packed(label: str, answer: Answer, weight: Tensor) -> None:
-    """Raise Mismatch unless the packed copy answers as `weight` does: picked columns to the bit, the rest to rounding."""
-    asked = question(answer.width, weight.dtype)
-    picked, rest = weight[:, asked[1:].argmax(1)].t(), F.linear(asked[:1], weight)[0]
-    bound = 16 * torch.finfo(weight.dtype).eps * float(asked[0].float().norm()) * float(weight.float().norm(dim=1).max())
-    if not torch.equal(answer.reply[1:], picked) or float((answer.reply[0] - rest).abs().max()) > bound:
-        raise Mismatch(f"the packed copy of {label}.weight does not multiply as the weight that it was made of")
 
 
 @torch.no_grad()
@@ -146,9 +146,9 @@ def verify(parts: Sequence[Part], manifest: Manifest) -> None:
             seen.add(id(live))
             if not (content(live) == manifest.contents[label] if new is live else same_bits(live, new)):
                 raise Mismatch(f"{label} holds {content(live):#x}, but should hold {manifest.contents[label]:#x}")
-        packed = manifest.answers.get(part.name)
-        if packed is not None and not torch.equal(reply(part.live, packed.width, packed.reply.dtype), packed.reply):
-            raise Mismatch(f"the packed copy of {part.name}.weight is not the one that was made of its new weight")
+        for name, value in part.processed().items():
+            if part.live.__dict__.get(name) is not value:
+                raise Mismatch(f"{part.name}.{name} is not the one that was made of the new weights")
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

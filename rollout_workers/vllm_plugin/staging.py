@@ -53,6 +53,14 @@ class Part:
                 if live is not None:
                     yield name, live, ours[name]
 
+    def processed(self) -> dict[str, Any]:
+        """What loading and packing left on the shadow beside its tensors: packed weights, in whatever form."""
+        return {
+            name: value
+            for name, value in self.shadow.__dict__.items()
+            if name not in ("_parameters", "_buffers", "_modules") and self.attributes.get(name) is not value
+        }
+
     def put(self, name: str, tensor: Tensor) -> None:
         """Make `tensor` the shadow's parameter or buffer."""
         held = self.shadow._parameters if name in self.shadow._parameters else self.shadow._buffers
@@ -139,18 +147,20 @@ def observed(loader: Loader, part: Part, name: str, names: Names, param: Tensor,
     return loader(param, weight, *args, **more)
 
 
-def take(part: Part, taken: set[int]) -> list[Any]:
+def take(part: Part, taken: set[int]) -> dict[str, Any]:
     """The live module takes its shadow's values, except for tensors that are in `taken` already: tied ones are copied once.
 
     Returns what the module held on to before, so that the caller can free it when nobody waits.
     """
+    processed = part.processed()
     for _, live, new in part.tensors():
-        if new is not live and live.numel() and id(live) not in taken:
+        if new is live or id(live) in taken or not live.numel():
+            continue
+        taken.add(id(live))
+        if "cpu_linear" in processed:  # the kernel has its packed copy: the weight itself may change places
+            live.data = new.data
+        else:
             live.data.copy_(new.data)
-            taken.add(id(live))
-    before = []
-    for name, value in part.shadow.__dict__.items():  # packed weights, and whatever else processing left on the module
-        if name not in ("_parameters", "_buffers", "_modules") and part.attributes.get(name) is not value:
-            before.append(part.live.__dict__.get(name))
-            part.live.__dict__[name] = value
+    before = {name: part.live.__dict__.get(name) for name in processed}
+    part.live.__dict__.update(processed)
     return before

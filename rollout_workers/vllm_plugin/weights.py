@@ -1,6 +1,7 @@
 """Weights from the learner into a running engine, through a safetensors file that lives in memory.
 
     update_weights   starts a thread: check the seal --> load, check and pack a shadow (staging.py, receipts.py); sampling goes on
+    report           asks what was packed, a few milliseconds at a time
     finish           the live models take the shadow's values and are verified; sequences stand still only meanwhile
 
 Policy and draft travel together, in one update. An engine of several workers, or on CUDA, has no room for a second set of weights: it
@@ -9,6 +10,7 @@ loads in place by vLLM's layerwise reload, between start and finish, and only th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -23,6 +25,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rl_core import seal
 from rollout_workers.vllm_plugin import conv_alias, receipts, staging
+
+ASK_S = 0.004
+"""Less than a step of most engines."""
 
 
 @dataclass
@@ -73,10 +78,21 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._report is None and self._staging is not None and self._staging.done():
             error = self._staging.exception()
             if error is None:
-                return Report()
+                return self._asked(self._staging.result()[1].questions)
             known = isinstance(error, receipts.Mismatch | seal.BadSeal)
             self._report = Report(mismatch=str(error) if known else f"the new weights do not load: {type(error).__name__}: {error}")
         return self._report
+
+    def _asked(self, questions: list[receipts.Question]) -> Report | None:
+        """Ask for a few milliseconds, between two steps of the engine; None if there are more."""
+        until = time.monotonic() + ASK_S
+        try:
+            while questions and time.monotonic() < until:
+                questions.pop().ask()
+        except receipts.Mismatch as error:
+            self._report = Report(mismatch=str(error))
+            return self._report
+        return None if questions else Report()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         pass
@@ -113,10 +129,11 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
             conv_alias.refresh(self.model)
             return
         assert self._staging is not None
-        ended, self._staging = self._staging, None
-        if ended.exception() is not None:
+        staged, self._staging = self._staging, None
+        if self._report is not None:
             return
-        shadow, manifest = ended.result()
+        shadow, manifest = staged.result()
+        assert not manifest.questions, "finished before `report` had all answers"
         taken: set[int] = set()
         before = [staging.take(part, taken) for part in shadow.parts]
         self._retired = [shadow, before]

@@ -6,6 +6,7 @@
     allowed_ms_small|smollm2         the aim: 2 x copy + 30 ms
     stage_ms_small|smollm2           building and checking the new weights beside the old ones, while sampling goes on
     longest_gap_ms_small|smollm2     between two looks that found new tokens, from the start of staging to the end of the update
+    usual_gap_ms_small|smollm2       the same in as long a time after it
     bytes_per_s_small|smollm2        published bytes over staging and pause
 
 Needs SmolLM2-135M once, imported into the cache (`polyrl model import smollm2`).
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,9 @@ async def measure(model: Path, suffix: str) -> dict[str, list[float]]:
     stop_ids = chat_format(str(model)).stop_ids
     engine = await Engine.start(name="w0", model_path=str(model), dtype="float32", rollout=rollout, stop_ids=stop_ids)
     weights = np.fromfile(model / "model.safetensors", np.uint8)
-    figures: dict[str, list[float]] = {name: [] for name in ("pause_ms", "stage_ms", "longest_gap_ms", "bytes_per_s", "copy_ms")}
+    figures: dict[str, list[float]] = {
+        name: [] for name in ("pause_ms", "stage_ms", "longest_gap_ms", "usual_gap_ms", "bytes_per_s", "copy_ms")
+    }
     try:
         for version in range(REPETITIONS + 1):
             blob = seal(weights, version + 1)
@@ -70,23 +74,29 @@ async def updated(engine: Engine, version: int, blob: NDArray[np.uint8]) -> dict
     def tokens() -> int:
         return sum(len(part.token_ids) for part in engine.under_way(dict.fromkeys(names, 0)).values())
 
+    async def gap(done: Callable[[], bool]) -> float:
+        seen, at, longest = tokens(), time.perf_counter(), 0.0
+        while not done():
+            await asyncio.sleep(LOOK_S)
+            if (now := tokens()) != seen:
+                longest = max(longest, time.perf_counter() - at)
+                seen, at = now, time.perf_counter()
+        return 1e3 * longest
+
     while tokens() < 4 * SEQUENCES:
         await asyncio.sleep(LOOK_S)
     load = asyncio.create_task(engine.load_weights(version, blob))
-    seen, at, gap = tokens(), time.perf_counter(), 0.0
-    while not load.done():
-        await asyncio.sleep(LOOK_S)
-        if (now := tokens()) != seen:
-            gap = max(gap, time.perf_counter() - at)
-            seen, at = now, time.perf_counter()
+    during, began = await gap(load.done), time.perf_counter()
     receipt = await load
+    usual = await gap(lambda: time.perf_counter() - began > receipt.stage_s)
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
     return {
         "pause_ms": 1e3 * receipt.pause_s,
         "stage_ms": 1e3 * receipt.stage_s,
-        "longest_gap_ms": 1e3 * gap,
+        "longest_gap_ms": during,
+        "usual_gap_ms": usual,
         "bytes_per_s": receipt.num_bytes / (receipt.stage_s + receipt.pause_s),
     }
 

@@ -35,10 +35,10 @@ class Corrupting(WorkerExtension):
             tensor.fill_(1.0)
         self.constants.clear()
 
-        def take(part: Part, taken: set[int]) -> list[Any]:
+        def take(part: Part, taken: set[int]) -> dict[str, Any]:
             packed = part.live.__dict__.get("cpu_linear")
             if harm == "stale draft" and part.name.startswith("draft "):
-                return []
+                return {}
             if harm == "constant" and part.name == "policy model.layers.3.mixer.attn":
                 self.constants.append(part.live._k_scale)  # type: ignore[arg-type]
                 part.live._k_scale.fill_(0.5)  # type: ignore[operator, union-attr]

@@ -274,9 +274,9 @@ HARMS = {
     "parameter": "policy model.norm_f.weight holds",
     "decay rate": "policy model.layers.0.mixer.A holds",
     "conv view": "policy model.layers.2.mixer.conv_weights holds",
-    "packed": "the packed copy of policy model.layers.0.mixer.in_proj.weight",
+    "packed": "policy model.layers.0.mixer.in_proj.cpu_linear is not the one",
     "constant": "policy model.layers.3.mixer.attn._k_scale holds",
-    "stale draft": "the packed copy of draft model.layers.0",
+    "stale draft": "draft model.layers.0",
     "loader": "policy model.layers.3.mixer.qkv_proj.weight holds",
 }
 
