@@ -128,8 +128,9 @@ class Engine:
                 began = time.monotonic()
                 if self._stages:
                     await self._stage(version, update)
-                paused = time.monotonic()
+                staged = time.monotonic()
                 await self._pause()
+                paused = time.monotonic()  # the step that was under way has ended
                 report = await (self._take_over() if self._stages else self._load_in_place(update))
                 if report["mismatch"]:
                     await self._stand_still(self._sentence(version, report))
@@ -143,7 +144,7 @@ class Engine:
             worker=self.name,
             version=version,
             pause_s=resumed - paused,
-            stage_s=paused - began,
+            stage_s=staged - began,
             num_bytes=int(blob.nbytes),
             checksums=report["checksums"],
             probe=probe,

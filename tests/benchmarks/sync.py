@@ -1,6 +1,7 @@
 """What a weight update costs the sequences that are being sampled, beside a plain copy of the same bytes in memory.
 
-    pause_ms_small|smollm2           how long running sequences stand still: the shipped seed model with its MTP draft, and SmolLM2-135M
+    pause_ms_small|smollm2           how long running sequences stand still, from the end of the step that is under way to the next: the
+                                     shipped seed model with its MTP draft, and SmolLM2-135M
     copy_ms_small|smollm2            one thread copies as many bytes from one warm buffer to another, in turns with the updates
     pause_over_copy_small|smollm2    their ratio
     allowed_ms_small|smollm2         the aim: 2 x copy + 30 ms
@@ -56,7 +57,7 @@ async def measure(model: Path, suffix: str) -> dict[str, list[float]]:
             update["copy_ms"] = copy_ms(blob)
             if version:  # the first round warms up
                 for name, value in update.items():
-                    figures[name].append(value)
+                    figures.setdefault(name, []).append(value)
     finally:
         engine.shutdown()
     figures["pause_over_copy"] = ratio(figures["pause_ms"], figures["copy_ms"])
