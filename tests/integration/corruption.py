@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, ClassVar
 
 from torch import Tensor
+from vllm import _custom_ops as ops
 
 from rollout_workers.vllm_plugin import receipts, staging
 from rollout_workers.vllm_plugin.staging import Part
-from rollout_workers.vllm_plugin.weights import WorkerExtension
+from rollout_workers.vllm_plugin.weights import ObjectStoreWeights, WorkerExtension
 
 TAKE, PROCESS = staging.take, receipts.process
 
@@ -17,6 +19,7 @@ class Corrupting(WorkerExtension):
     """Named as the worker extension of an engine in place of its base class."""
 
     constants: ClassVar[list[Tensor]] = []
+    threads: ClassVar[set[str]] = set()
 
     def tensor_names(self) -> list[str]:
         """Of all parameters and buffers, tied ones too: what a receipt must cover. A module that two models share is the first one's."""
@@ -28,6 +31,17 @@ class Corrupting(WorkerExtension):
             for each in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
             for name, _ in each
         ]
+
+    def kernel_threads(self) -> list[str]:
+        """Names of the threads that have called the CPU's matrix product since this was asked first."""
+        if not self.threads:
+            plain = ops.onednn_mm
+            ops.onednn_mm = lambda *given: (self.threads.add(threading.current_thread().name), plain(*given))[1]
+        return sorted(self.threads)
+
+    def in_place(self, on: bool) -> None:
+        """Whether updates are loaded as where there is no room for a second set of weights."""
+        ObjectStoreWeights.stages = property(lambda engine: not on)  # type: ignore[assignment, misc]
 
     def corrupt(self, harm: str) -> None:
         """The next updates suffer `harm`, until there is another; "" is none."""

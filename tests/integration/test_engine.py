@@ -330,6 +330,36 @@ def test_bytes_that_changed_on_the_way_stop_the_update_by_name(served: Served) -
     assert {s.version for c in served.sample([[5, 6]], "unchanged") for s in c.spans} == {version - 1}
 
 
+def test_only_the_thread_that_samples_multiplies(served: Served) -> None:
+    """vLLM's CPU kernels share their scratch memory: what a second thread multiplies meanwhile spoils samples, without an error."""
+    served.run(served.engine._llm.collective_rpc("kernel_threads"))
+    served.load(checkpoint(served))
+    assert served.run(served.engine._llm.collective_rpc("kernel_threads")) == [["MainThread"]]
+
+
+def test_an_engine_without_room_for_a_second_set_of_weights_loads_in_place(served: Served, tmp_path: Path) -> None:
+    """As on CUDA: seal and probe are what is checked, and a broken seal leaves it standing still."""
+    generator = torch.Generator().manual_seed(6)
+    blob = checkpoint(served, lambda _, w: w * (1 + 0.1 * torch.rand(w.shape, generator=generator)))
+    served.engine._stages = False
+    served.run(served.engine._llm.collective_rpc("in_place", args=(True,)))
+    try:
+        receipt = served.load(blob)
+        version = served.version + 1
+        with pytest.raises(WeightsMismatch, match=f"are sealed as version {version - 1}"):
+            served.run(served.engine.load_weights(version, seal(blob, version - 1)))
+        with pytest.raises(WeightsMismatch, match=f"are sealed as version {version - 1}"):
+            served.sample([[5, 6]], "in-place")
+    finally:
+        served.engine._stages = True
+        served.run(served.engine._llm.collective_rpc("in_place", args=(False,)))
+    after = reference(served, blob, tmp_path)
+    assert not receipt.checksums
+    for c in receipt.probe:
+        assert np.abs(of_sampled(distribution(after, c, 1.0), c) - c.logprobs).max() < 1e-3
+    served.load(checkpoint(served))
+
+
 def test_sequences_in_flight_are_restarted_from_their_prompt_where_so_configured(served: Served) -> None:
     blob, old = checkpoint(served), served.version
     served.version += 1
