@@ -95,6 +95,14 @@ class Shadow:
                 part.put("conv_weights", conv.weight.detach().clone().view(part.shadow._buffers["conv_weights"].shape))  # type: ignore[union-attr, operator, arg-type]
         return {piece.published for part in self.parts for pieces in part.pieces.values() for piece in pieces.values()}
 
+    def free(self, replaced: list[Any]) -> None:
+        """Let go of all memory, and of what `take` has replaced. Modules know their tensors, and these the modules that load them: nothing
+        goes by itself."""
+        replaced.clear()
+        for part in self.parts:
+            for held in (part.pieces, part.attributes, part.shadow.__dict__):
+                held.clear()
+
     def _shadow(self, live: nn.Module, name: str) -> nn.Module:
         """`live` without its tensors: attributes are shared, children and tensors are its own."""
         if (known := self._modules.get(id(live))) is not None:
@@ -147,20 +155,22 @@ def observed(loader: Loader, part: Part, name: str, names: Names, param: Tensor,
     return loader(param, weight, *args, **more)
 
 
-def take(part: Part, taken: set[int]) -> dict[str, Any]:
+def take(part: Part, taken: set[int]) -> list[Any]:
     """The live module takes its shadow's values, except for tensors that are in `taken` already: tied ones are copied once.
 
     Returns what the module held on to before, so that the caller can free it when nobody waits.
     """
+    before: list[Any] = []
     processed = part.processed()
     for _, live, new in part.tensors():
         if new is live or id(live) in taken or not live.numel():
             continue
         taken.add(id(live))
         if "cpu_linear" in processed:  # the kernel has its packed copy: the weight itself may change places
+            before.append(live.data)
             live.data = new.data
         else:
             live.data.copy_(new.data)
-    before = {name: part.live.__dict__.get(name) for name in processed}
+    before += [part.live.__dict__.get(name) for name in processed]
     part.live.__dict__.update(processed)
     return before

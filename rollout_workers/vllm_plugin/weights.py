@@ -64,9 +64,11 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._thread = ThreadPoolExecutor(1, "weights")
         self._staging: Future[tuple[staging.Shadow, receipts.Manifest]] | None = None
         self._report: Report | None = None
-        self._retired: list[Any] = []
-        """What the last update replaced, until the thread has freed it: that takes tens of milliseconds for a large model."""
-        self._constants = receipts.contents(staging.Shadow(models).parts) if self.stages else {}
+        self._constants: dict[str, int] = {}
+        if self.stages:
+            empty = staging.Shadow(models)
+            self._constants = receipts.contents(empty.parts)
+            empty.free([])
 
     @property
     def stages(self) -> bool:
@@ -135,14 +137,14 @@ class ObjectStoreWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         shadow, manifest = staged.result()
         assert not manifest.questions, "finished before `report` had all answers"
         taken: set[int] = set()
-        before = [staging.take(part, taken) for part in shadow.parts]
-        self._retired = [shadow, before]
+        replaced = [staging.take(part, taken) for part in shadow.parts]
         try:
             receipts.verify(shadow.parts, manifest)
         except receipts.Mismatch as error:
             self._report = Report(mismatch=str(error))
         else:
             self._report = Report(checksums=manifest.contents)
+        self._thread.submit(shadow.free, replaced)  # in its time: it takes tens of milliseconds for a large model
 
     @torch.no_grad()
     def _stage(self, update_info: UpdateInfo) -> tuple[staging.Shadow, receipts.Manifest]:

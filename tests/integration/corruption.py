@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any, ClassVar
 
@@ -39,6 +40,11 @@ class Corrupting(WorkerExtension):
             ops.onednn_mm = lambda *given: (self.threads.add(threading.current_thread().name), plain(*given))[1]
         return sorted(self.threads)
 
+    def tensors(self, collect: bool) -> int:
+        """How many there are. Unless `collect`, none goes from now on that something refers to, if only in a circle."""
+        (gc.enable if collect else gc.disable)()
+        return sum(isinstance(each, Tensor) for each in gc.get_objects())
+
     def in_place(self, on: bool) -> None:
         """Whether updates are loaded as where there is no room for a second set of weights."""
         ObjectStoreWeights.stages = property(lambda engine: not on)  # type: ignore[assignment, misc]
@@ -49,10 +55,10 @@ class Corrupting(WorkerExtension):
             tensor.fill_(1.0)
         self.constants.clear()
 
-        def take(part: Part, taken: set[int]) -> dict[str, Any]:
+        def take(part: Part, taken: set[int]) -> list[Any]:
             packed = part.live.__dict__.get("cpu_linear")
             if harm == "stale draft" and part.name.startswith("draft "):
-                return {}
+                return []
             if harm == "constant" and part.name == "policy model.layers.3.mixer.attn":
                 self.constants.append(part.live._k_scale)  # type: ignore[arg-type]
                 part.live._k_scale.fill_(0.5)  # type: ignore[operator, union-attr]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -335,6 +336,26 @@ def test_only_the_thread_that_samples_multiplies(served: Served) -> None:
     served.run(served.engine._llm.collective_rpc("kernel_threads"))
     served.load(checkpoint(served))
     assert served.run(served.engine._llm.collective_rpc("kernel_threads")) == [["MainThread"]]
+
+
+def test_an_update_leaves_no_second_set_of_weights_behind(served: Served) -> None:
+    """Without the collector of circles, which may come minutes later."""
+
+    def tensors(collect: bool = False) -> int:
+        return served.run(served.engine._llm.collective_rpc("tensors", args=(collect,)))[0]
+
+    tensors()
+    try:
+        served.load(checkpoint(served))
+        until = time.monotonic() + 60
+        before = tensors()
+        for _ in range(3):
+            served.load(checkpoint(served))
+        while (left := tensors() - before) > 20 and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        tensors(collect=True)
+    assert left <= 20, "a set of weights of this model is some hundred tensors"
 
 
 def test_an_engine_without_room_for_a_second_set_of_weights_loads_in_place(served: Served, tmp_path: Path) -> None:
