@@ -10,7 +10,6 @@ this one whatever happens to it.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import logging
 import os
@@ -101,7 +100,8 @@ class Engine:
                 f"a prompt of {len(prompt_ids)} tokens leaves no room to answer: rollout.max_model_len is {self._rollout.max_model_len}"
             )
         async with self._room:
-            for times in itertools.count():
+            times = 0
+            while True:
                 if self._unfit:
                     raise WeightsMismatch(self._unfit)
                 # Sampled again, it is another request: what was seen of the first (`under_way`) is not the beginning of the second.
@@ -110,7 +110,7 @@ class Engine:
                 if done is not None:
                     return done
                 await updated.wait()
-        raise AssertionError("count() does not end")
+                times += 1
 
     async def load_weights(self, version: int, blob: NDArray[np.uint8]) -> Receipt:
         """Bring `blob` (a sealed safetensors file's bytes: policy and `mtp.*` tensors) into policy and draft; running sequences go on
