@@ -127,7 +127,7 @@ class Shadow:
         """Room for a new value of `live`, in the shape in which checkpoints have it. Views of parameters are not loaded, and stay."""
         if id(live) not in self._tensors:
             if template is not None:
-                new = materialize_meta_tensor(restore_layer_refs(template, shadow))
+                new = restore_layer_refs(materialize_meta_tensor(template), shadow)  # not the template's: vLLM's own, and it would keep us
             elif isinstance(live, nn.Parameter):
                 new = torch.empty_like(live)
                 new.__class__, new.__dict__ = live.__class__, live.__dict__.copy()
