@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -19,7 +21,8 @@ TAKE, PROCESS = staging.take, receipts.process
 class Corrupting(WorkerExtension):
     """Named as the worker extension of an engine in place of its base class."""
 
-    constants: ClassVar[list[Tensor]] = []
+    undo: ClassVar[list[Callable[[], object]]] = []
+    """What no update mends."""
     threads: ClassVar[set[str]] = set()
 
     def tensor_names(self) -> list[str]:
@@ -45,22 +48,22 @@ class Corrupting(WorkerExtension):
         (gc.enable if collect else gc.disable)()
         return sum(isinstance(each, Tensor) for each in gc.get_objects())
 
-    def in_place(self, on: bool) -> None:
-        """Whether updates are loaded as where there is no room for a second set of weights."""
-        ObjectStoreWeights.stages = property(lambda engine: not on)  # type: ignore[assignment, misc]
+    def load_in_place(self) -> None:
+        """From now on, as where there is no room for a second set of weights."""
+        ObjectStoreWeights.stages = False  # type: ignore[assignment, misc, method-assign]
 
     def corrupt(self, harm: str) -> None:
         """The next updates suffer `harm`, until there is another; "" is none."""
-        for tensor in self.constants:  # no update mends what nobody publishes
-            tensor.fill_(1.0)
-        self.constants.clear()
+        for mend in self.undo:
+            mend()
+        self.undo.clear()
 
         def take(part: Part, taken: set[int]) -> list[Any]:
             packed = part.live.__dict__.get("cpu_linear")
             if harm == "stale draft" and part.name.startswith("draft "):
                 return []
             if harm == "constant" and part.name == "policy model.layers.3.mixer.attn":
-                self.constants.append(part.live._k_scale)  # type: ignore[arg-type]
+                self.undo.append(partial(part.live._k_scale.fill_, 1.0))  # type: ignore[operator, union-attr]
                 part.live._k_scale.fill_(0.5)  # type: ignore[operator, union-attr]
             before = TAKE(part, taken)
             if harm == "parameter" and part.name == "policy model.norm_f":
@@ -68,7 +71,9 @@ class Corrupting(WorkerExtension):
             if harm == "decay rate" and part.name == "policy model.layers.0.mixer":
                 part.live.A[0] *= 1.001  # type: ignore[operator, index]
             if harm == "conv view" and part.name == "policy model.layers.2.mixer":
-                part.live._buffers["conv_weights"] = part.live._buffers["conv_weights"] * 1.001  # type: ignore[operator]
+                view = part.live._buffers["conv_weights"]
+                part.live._buffers["conv_weights"] = view * 1.001  # type: ignore[operator]
+                self.undo.append(partial(part.live._buffers.update, conv_weights=view))
             if harm == "packed" and part.name == "policy model.layers.0.mixer.in_proj":
                 part.live.__dict__["cpu_linear"] = packed
             return before
