@@ -27,6 +27,7 @@ from learner.guard import Guard
 from learner.model import PolicyModel
 from learner.objective import Batch, Objective, Sum, row_logprobs
 from learner.optimizer import deepspeed, make_engine, measure, parameter_groups
+from rl_core import seal
 from rl_core.batching import Microbatch, microbatches, num_loss_tokens, num_mtp_tokens
 from rl_core.config import LearnerConfig
 from rl_core.overlong import Overlong
@@ -207,7 +208,8 @@ class Learner:
             if self.rank != 0:
                 return None
             state = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in self.model.engine_state().items()}
-        return np.frombuffer(safetensors.torch.save(state), np.uint8)
+        sealed = seal.metadata({name: tensor.view(-1).view(torch.uint8).numpy() for name, tensor in state.items()}, self.version)
+        return np.frombuffer(safetensors.torch.save(state, metadata=sealed), np.uint8)
 
     @torch.no_grad()
     def agreement(self, completions: Sequence[Completion]) -> Agreement:

@@ -160,6 +160,9 @@ class RolloutConfig:
     auto_k: bool = False
     """Whether each engine chooses how many it drafts, from 0 to `speculative_tokens`, by what it measures (docs/speculation.md). Then a
     fixed sampling seed no longer fixes the tokens: which dice they take depends on k."""
+    in_flight: str = "keep"
+    """Sequences under way when new weights come: keep (go on, with the state that older weights computed) or restart (their turn is
+    sampled again from its prompt, under the new weights)."""
     kv_cache_gib: float = 1.0
     """Memory for attention and Mamba state on CPU engines."""
     num_threads: int = 1

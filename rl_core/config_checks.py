@@ -31,6 +31,7 @@ def validate(config: RunConfig) -> None:
     for name in ("num_workers", "max_num_seqs", "max_model_len", "max_batched_tokens", "num_threads", "env_hosts", "env_threads"):
         _at_least(f"rollout.{name}", getattr(rollout, name), 1)
     _at_least("rollout.speculative_tokens", rollout.speculative_tokens, 0)
+    _one_of("rollout.in_flight", rollout.in_flight, ("keep", "restart"))
     _above("rollout.kv_cache_gib", rollout.kv_cache_gib, 0)
     _above("rollout.env_host_memory_gib", rollout.env_host_memory_gib, 0)
     for name in ("num_ranks", "zero_stage", "num_threads", "microbatch_tokens", "checkpoint_every"):

@@ -219,6 +219,8 @@ def joined(first: Completion, rest: Completion) -> Completion:
         accepted=first.accepted + rest.accepted,
         forced=(*first.forced, *(split + place for place in rest.forced)),
         positions=add_positions([first.positions, rest.positions]),
+        state_age_sum=first.state_age_sum + rest.state_age_sum,
+        state_age_max=max(first.state_age_max, rest.state_age_max),
     )
 
 

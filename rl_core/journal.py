@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.int32())),
         ("logprobs", pa.list_(pa.float32())),
-        ("meta", pa.string()),  # JSON: spans, finish_reason, engine_steps, drafted, accepted, forced
+        ("meta", pa.string()),  # JSON: spans, finish_reason, engine_steps, drafted, accepted, forced, state ages
     ]
 )
 OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
@@ -205,6 +205,7 @@ def completion_batch(rows: Sequence[tuple[int, Completion]]) -> pa.RecordBatch:
                 "spans": [[s.start, s.stop, s.version] for s in c.spans], "finish_reason": c.finish_reason,
                 "engine_steps": c.engine_steps, "drafted": c.drafted, "accepted": c.accepted, "forced": list(c.forced),
                 "positions": c.positions,
+                "state_age_sum": c.state_age_sum, "state_age_max": c.state_age_max,
             }
         )
         for _, c in rows

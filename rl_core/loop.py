@@ -171,7 +171,8 @@ async def train(
 
     async def prove_arrival(receipts: Sequence[Receipt]) -> None:
         """Invariant 3: the engines' logprobs are the learner's, under the weights that both hold now."""
-        for receipt in receipts:
+        back = [r for r in workers.revived() if r.version == version]  # under an older one until this version came, it is in `receipts`
+        for receipt in (*receipts, *back):
             agreement = await learner.agreement(receipt.probe)
             metrics.proved(receipt, agreement)
             if agreement.mean > MAX_LOGPROB_ERROR or not agreement.mean == agreement.mean:

@@ -48,6 +48,8 @@ class StepMetrics:
                 figures |= {f"env/{env}/{name}": value for name, value in stream.curriculum.figures().items()}
         if self._receipts:
             figures["sync/pause_ms"] = 1e3 * max(r.pause_s for r, _ in self._receipts)
+            figures["sync/stage_ms"] = 1e3 * max(r.stage_s for r, _ in self._receipts)
+            figures["sync/tensors_checked"] = float(min(len(r.checksums) for r, _ in self._receipts))
             figures["sync/bytes"] = float(max(r.num_bytes for r, _ in self._receipts))
             figures["sync/logprob_error_mean"] = max(a.mean for _, a in self._receipts)
             figures["sync/logprob_error_max"] = max(a.max for _, a in self._receipts)
@@ -89,6 +91,9 @@ def group_figures(groups: Sequence[GroupResult], seconds: float) -> dict[str, fl
         "masked_rollouts": float(rollouts - len(rewards)),
         "continued_rollouts": float(sum(g.continued for g in groups)),
     }
+    if sampled:
+        figures["state_age_mean"] = sum(g.state_age_sum for g in groups) / sampled
+        figures["state_age_max"] = float(max(g.state_age_max for g in groups))
     if rewards:
         figures["reward"] = sum(rewards) / len(rewards)
         figures["pass_rate"] = sum(r >= 1.0 for r in rewards) / len(rewards)

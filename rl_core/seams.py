@@ -107,6 +107,8 @@ class GroupResult:
     seconds: float
     thinking_tokens: int = 0  # of the sampled ones, within thoughts
     thoughts_closed: int = 0  # by us, at their budget
+    state_age_sum: int = 0  # over sampled tokens, policy versions; see Completion
+    state_age_max: int = 0
     attempts: int = 1
     """Workers that it was given to, in this life of the run."""
     kept: int = 0  # rollouts that an earlier attempt had finished
@@ -150,6 +152,8 @@ class GroupResult:
             seconds=seconds,
             thinking_tokens=sum(r.thinking_tokens for r in group.rollouts),
             thoughts_closed=sum(r.thoughts_closed for r in group.rollouts),
+            state_age_sum=sum(c.state_age_sum for c in completions),
+            state_age_max=max((c.state_age_max for c in completions), default=0),
             failure=next((first_evidence(r.verdict) for r in group.rollouts if not r.verdict.status.trains), ""),
         )
 
@@ -182,6 +186,10 @@ class RolloutWorkers(Protocol):
     async def run_group(self, group_id: str, task: Task, spec: EpisodeSpec) -> GroupResult: ...
     async def load_weights(self, version: int, weights: Ref) -> Sequence[Receipt]:
         """Return once every engine samples from `version`."""
+        ...
+
+    def revived(self) -> Sequence[Receipt]:
+        """Of engines that were started again, and have loaded the newest weights, since the last call."""
         ...
 
 

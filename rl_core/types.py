@@ -159,6 +159,11 @@ class Completion:
     positions: tuple[tuple[int, int], ...] = ()
     """(drafted, accepted) of first drafts, of second ones, ...; where k was 2 in one step and 1 in another: ((2, 1), (1, 1))."""
 
+    state_age_sum: int = 0
+    """Over the sampled tokens: policy version that sampled the token, less the oldest one that may have computed the KV or recurrent
+    state behind it. 0 for all tokens of a request that no update came into."""
+    state_age_max: int = 0  # of the oldest such token, policy versions
+
     def __post_init__(self) -> None:
         covered = sum(s.stop - s.start for s in self.spans)
         if not len(self.token_ids) == len(self.logprobs) == covered:
@@ -328,8 +333,11 @@ class Receipt:
 
     worker: str
     version: int
-    pause_s: float  # how long running sequences stood still
+    pause_s: float  # how long running sequences stood still, from the end of the step under way
     num_bytes: int  # bytes loaded, policy and draft
+    stage_s: float = 0.0  # of building and checking the new weights beside the old ones, while sampling went on
+    checksums: Mapping[str, int] = field(default_factory=dict)
+    """Of each parameter and buffer, as verified: {"policy model.norm_f.weight": 0x3a51}. Empty: an engine that loads in place."""
     probe: tuple[Completion, ...]
     """Fresh completions sampled entirely under `version`, with speculation on: the learner recomputes their logprobs (invariant 3)."""
 

@@ -1,7 +1,7 @@
 """One vLLM engine: exact ids in and out, behaviour logprobs, and new weights without ending a sequence.
 
     sample()        prompt ids -> Completion, its tokens stamped with the policy version that sampled each
-    load_weights()  pause(keep) -> policy -> draft -> version -> resume -> probe, the proof that goes back to the learner
+    load_weights()  stage and check, beside sampling -> pause -> take over, verify -> version -> resume -> probe (docs/weights.md)
 
 This module and `vllm_plugin` are the only importers of vLLM. The engine proper lives in a process of its own, which ends with
 this one whatever happens to it.
@@ -14,19 +14,19 @@ import json
 import logging
 import os
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from rl_core.config import RolloutConfig
-from rl_core.thinking import THOUGHT_FULL
-from rl_core.types import CUT_OFF, Completion, Receipt, SamplingParams, VersionSpan
+from rl_core.types import Completion, Receipt, SamplingParams
+from rollout_workers.completions import completion, cut_off
 from rollout_workers.vllm_plugin import BACKEND, OWNER_VARIABLE
 from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE
 from rollout_workers.vllm_plugin.thought_cap import THINKING
@@ -44,10 +44,16 @@ WARM_UP_TOKENS = 8
 CONTROL_TIMEOUT_S = 120.0
 """Bound on one control call (pause, load, resume). They take milliseconds; a step of 32k prefill tokens may come first."""
 PROBE_TIMEOUT_S = 300.0
+STAGE_POLL_S = 0.01
+"""Seconds between two questions whether weights are staged; each costs the engine a fraction of a step."""
 
 
 class EngineError(RuntimeError):
     """An engine does not do what it was asked. The message is a sentence; the worker that hosts it is restarted."""
+
+
+class WeightsMismatch(RuntimeError):
+    """An engine does not hold the weights that were published: the run stops with this sentence, which names worker and tensor."""
 
 
 class Engine:
@@ -61,6 +67,13 @@ class Engine:
         self._probe_prompts = probe_prompts(vocab_size)
         self._room = asyncio.Semaphore(rollout.max_num_seqs)
         self._loading = asyncio.Lock()
+        self._updated = asyncio.Event()
+        """Set, and replaced, when an update has ended, well or not."""
+        self._unfit = ""
+        """Why nothing may be sampled from the weights that are live; "" if they were verified."""
+        self._began: dict[str, int] = {}
+        """{request: version that it was sent under}."""
+        self._stages = False
         self._processes = _descendants()
 
     @staticmethod
@@ -87,32 +100,113 @@ class Engine:
                 f"a prompt of {len(prompt_ids)} tokens leaves no room to answer: rollout.max_model_len is {self._rollout.max_model_len}"
             )
         async with self._room:
-            return await self._generate(prompt_ids, params, min(params.max_tokens, room), self._stop_ids, request_id)
+            times = 0
+            while True:
+                if self._unfit:
+                    raise WeightsMismatch(self._unfit)
+                # Sampled again, it is another request: what was seen of the first (`under_way`) is not the beginning of the second.
+                updated, name = self._updated, f"{request_id}+{times}" if times else request_id
+                done = await self._generate(prompt_ids, params, min(params.max_tokens, room), self._stop_ids, name)
+                if done is not None:
+                    return done
+                await updated.wait()
+                times += 1
 
     async def load_weights(self, version: int, blob: NDArray[np.uint8]) -> Receipt:
-        """Bring `blob` (a safetensors file's bytes: policy and `mtp.*` tensors) into policy and draft; running sequences go on under it.
+        """Bring `blob` (a sealed safetensors file's bytes: policy and `mtp.*` tensors) into policy and draft; running sequences go on
+        under it. Returns once fresh completions were sampled under `version`.
 
-        Returns once fresh completions were sampled under `version`. If this raises, the engine's weights are unknown: restart it.
+        Raises WeightsMismatch if the engine does not hold them. Found before they were live, the engine goes on under the version that it
+        has. Found after, it samples from nothing: its sequences end with the same sentence, and so does who asks for more, until an
+        update has been verified. After an EngineError its state is unknown: restart it.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async with self._loading:
-            with in_memory_file(blob) as path:
-                update = WeightTransferUpdateRequest({"path": path})
+            async with in_memory_file(blob) as path:
+                update = WeightTransferUpdateRequest({"path": path, "version": version})
                 began = time.monotonic()
-                await self._control(self._llm.pause_generation(mode="keep", clear_cache=False), "pause")
-                await self._control(self._llm.start_weight_update(), "begin a weight update")
-                await self._control(self._llm.update_weights(update), "load the policy")
-                await self._control(self._llm.finish_weight_update(str(version)), "finish the policy's update")
-                if self._rollout.speculative_tokens:
-                    await self._control(self._llm.start_draft_weight_update(), "begin the draft's update")
-                    await self._control(self._llm.update_weights(update), "load the draft")
-                    await self._control(self._llm.finish_weight_update(), "finish the draft's update")
-                self.version = version
+                if self._stages:
+                    await self._stage(version, update)
+                staged = time.monotonic()
+                await self._pause()
+                paused = time.monotonic()  # the step that was under way has ended
+                report = await (self._take_over() if self._stages else self._load_in_place(update))
+                if report["mismatch"]:
+                    await self._stand_still(self._sentence(version, report))
+                await self._control(self._llm.update_weight_version(str(version)), "name its version")
+                self.version, self._unfit = version, ""
                 await self._control(self._llm.resume_generation(), "resume")
-                pause_s = time.monotonic() - began
+                self._update_ended()
+                resumed = time.monotonic()
             probe = await self._probe(version)
-        return Receipt(worker=self.name, version=version, pause_s=pause_s, num_bytes=int(blob.nbytes), probe=probe)
+        return Receipt(
+            worker=self.name,
+            version=version,
+            pause_s=resumed - paused,
+            stage_s=staged - began,
+            num_bytes=int(blob.nbytes),
+            checksums=report["checksums"],
+            probe=probe,
+        )
+
+    async def _pause(self) -> None:
+        """Sequences stand still, with what they have; or they end here, and `sample` starts them again."""
+        # Not `pause_generation`, which does this and then sleeps for 20 ms, so that outputs arrive before it returns.
+        mode = "keep" if self._rollout.in_flight == "keep" else "abort"
+        await self._control(self._llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False), "pause")
+
+    async def _stand_still(self, sentence: str) -> NoReturn:
+        """Paused as it is, the engine stays so. Every sequence ends."""
+        self._unfit = sentence
+        await self._control(self._llm.engine_core.pause_scheduler_async(mode="abort", clear_cache=False), "end its sequences")
+        self._update_ended()
+        raise WeightsMismatch(sentence)
+
+    def _update_ended(self) -> None:
+        self._updated.set()
+        self._updated = asyncio.Event()
+
+    async def _stage(self, version: int, update: Any) -> None:
+        """Build and check the new weights beside the live ones, which go on sampling."""
+        await self._control(self._llm.start_weight_update(), "begin a weight update")
+        await self._control(self._llm.update_weights(update), "stage the weights")
+        report = await self._bounded(self._staged(), PROBE_TIMEOUT_S, "stage the weights")
+        if report["mismatch"]:
+            await self._control(self._llm.finish_weight_update(), "give up a weight update")
+            raise WeightsMismatch(self._sentence(version, report))
+
+    async def _take_over(self) -> Mapping[str, Any]:
+        """What was staged becomes live, and is looked at once more."""
+        await self._control(self._llm.finish_weight_update(), "take the weights over")
+        return await self._report()
+
+    async def _load_in_place(self, update: Any) -> Mapping[str, Any]:
+        """Policy, then draft, layer by layer into the live models."""
+        await self._control(self._llm.start_weight_update(), "begin a weight update")
+        await self._control(self._llm.update_weights(update), "load the policy")
+        await self._control(self._llm.finish_weight_update(), "finish the policy's update")
+        if self._rollout.speculative_tokens:
+            await self._control(self._llm.start_draft_weight_update(), "begin the draft's update")
+            await self._control(self._llm.update_weights(update), "load the draft")
+            await self._control(self._llm.finish_weight_update(), "finish the draft's update")
+        return await self._report()
+
+    def _sentence(self, version: int, report: Mapping[str, Any]) -> str:
+        return f"worker {self.name} does not hold version {version}: {report['mismatch']}"
+
+    async def _staged(self) -> Mapping[str, Any]:
+        """What staging came to, once it has ended."""
+        while not (report := await self._report()):
+            await asyncio.sleep(STAGE_POLL_S)
+        return report
+
+    async def _report(self) -> Mapping[str, Any]:
+        """{} while weights are being staged; otherwise of the worker that has something to complain of, if one has."""
+        reports = await self._control(self._llm.collective_rpc("weights_report"), "say what it holds")
+        if None in reports:
+            return {}
+        return next((r for r in reports if r["mismatch"]), reports[0])
 
     def under_way(self, since: Mapping[str, int]) -> dict[str, Completion]:
         """Of each sequence in `since` that has not ended: the tokens sampled after its first `since[id]`.
@@ -120,7 +214,7 @@ class Engine:
         vLLM keeps them in this process anyway; nothing is sent, and nothing is copied twice.
         """
         states = {s.external_req_id: s for s in self._llm.output_processor.request_states.values()}
-        return {name: cut_off(states[name], start) for name, start in since.items() if name in states}
+        return {name: cut_off(states[name], start, began=self._began[name]) for name, start in since.items() if name in states}
 
     def shutdown(self) -> None:
         """End the engine's processes, by force if they do not end by themselves."""
@@ -135,6 +229,7 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._control(self._llm.init_weight_transfer_engine(WeightTransferInitRequest({})), "open its weight channel")
+        self._stages = all(await self._control(self._llm.collective_rpc("weights_open"), "look at its weights"))
         await self._control(self._llm.update_weight_version(str(self.version)), "name its version")
         params = SamplingParams(max_tokens=WARM_UP_TOKENS)
         count = self._rollout.max_num_seqs
@@ -148,14 +243,17 @@ class Engine:
             self._generate(ids, params, PROBE_TOKENS, [], f"probe-{version}-{i}-{time.monotonic_ns()}")
             for i, ids in enumerate(self._probe_prompts)
         ]
-        probe = await self._bounded(asyncio.gather(*work), PROBE_TIMEOUT_S, "sample its probes")
+        done = await self._bounded(asyncio.gather(*work), PROBE_TIMEOUT_S, "sample its probes")
+        probe = [c for c in done if c is not None]
+        assert len(probe) == PROBES, "updates are one at a time: nothing else can end a probe"
         if wrong := {s.version for c in probe for s in c.spans} - {version}:
             raise EngineError(f"worker {self.name} sampled probes of version {version} under {sorted(wrong)}: updates overlapped")
         return tuple(probe)
 
     async def _generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, max_tokens: int, stop_ids: list[int], request_id: str
-    ) -> Completion:
+    ) -> Completion | None:
+        """None if an update ended the sequence: `sample` knows what then."""
         import vllm
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -176,15 +274,20 @@ class Engine:
         )
         final: Any = None
         prompt = [int(i) for i in prompt_ids]
+        began = self._began[request_id] = self.version
         try:
             async for output in self._llm.generate({"prompt_token_ids": prompt}, request, request_id):
                 final = output
         except EngineDeadError as error:
             raise EngineError(f"the engine process of worker {self.name} died; its log says why") from error
-        if final is None or final.outputs[0].finish_reason not in ("stop", "length"):
-            reason = None if final is None else final.outputs[0].finish_reason
+        finally:
+            del self._began[request_id]
+        reason = None if final is None else final.outputs[0].finish_reason
+        if reason == "abort" and (self._rollout.in_flight == "restart" or self._unfit):
+            return None
+        if reason not in ("stop", "length"):
             raise EngineError(f"worker {self.name} gave up request {request_id} (finish reason {reason!r}); wanted 'stop' or 'length'")
-        return completion(prompt, final.outputs[0], speculative=bool(self._rollout.speculative_tokens))
+        return completion(prompt, final.outputs[0], began=began, speculative=bool(self._rollout.speculative_tokens))
 
     async def _control(self, call: Awaitable[T], what: str) -> T:
         return await self._bounded(call, CONTROL_TIMEOUT_S, what)
@@ -198,58 +301,6 @@ class Engine:
             raise EngineError(f"worker {self.name} did not {what} within {seconds:.0f} s") from None
         except EngineDeadError as error:
             raise EngineError(f"worker {self.name} could not {what}: its engine process died") from error
-
-
-def completion(prompt: Sequence[int], output: Any, *, speculative: bool) -> Completion:
-    """A Completion from what vLLM reports of a finished sequence.
-
-    A verifying step of the policy yields its accepted drafts and one token more; any other step yields one token:
-
-        T = plain steps + verifying steps + accepted      (less what stood behind a stop token)
-    """
-    ids = np.asarray(output.token_ids, np.int32)
-    flat = output.logprobs
-    logprobs = np.asarray([flat.logprobs[start] for start in flat.start_indices], np.float32)
-    chosen = np.asarray([flat.token_ids[start] for start in flat.start_indices], np.int32)
-    assert np.array_equal(ids, chosen), f"logprobs of tokens {chosen} came for sampled tokens {ids}"
-    steps, drafted, accepted = len(ids), 0, 0
-    positions: tuple[tuple[int, int], ...] = ()
-    if speculative and (metrics := output.spec_decode_metrics) is not None:
-        verifying, drafted, accepted = len(metrics.per_step_drafted), metrics.num_draft_tokens, sum(metrics.per_step_accepted)
-        positions = by_position(metrics.per_step_drafted, metrics.per_step_accepted)
-        steps = verifying + max(1, len(ids) - verifying - accepted)
-    spans = tuple(VersionSpan(start=s.start, stop=s.end, version=int(s.version)) for s in output.weight_versions or ())
-    return Completion(
-        prompt_ids=np.asarray(prompt, np.int32),
-        token_ids=ids,
-        logprobs=logprobs,
-        spans=spans,
-        finish_reason=THOUGHT_FULL if output.stop_reason == THOUGHT_FULL else output.finish_reason,
-        engine_steps=steps,
-        drafted=drafted,
-        accepted=accepted,
-        positions=positions,
-    )
-
-
-def by_position(drafted: Sequence[int], accepted: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """From what each step drafted and accepted: [2, 1, 2], [1, 1, 0] -> ((3, 2), (2, 0))."""
-    longest = max(drafted, default=0)
-    return tuple((sum(d >= j for d in drafted), sum(a >= j for a in accepted)) for j in range(1, longest + 1))
-
-
-def cut_off(state: Any, start: int) -> Completion:
-    """Tokens from `start` on of a sequence that has not ended, from vLLM's state of it. What it drafted is known at its end only."""
-    ids, flat = state.detokenizer.output_token_ids[start:], state.logprobs_processor.logprobs
-    spans = [(max(s.start - start, 0), s.end - start, int(s.version)) for s in state._weight_version_spans() or () if s.end > start]
-    return Completion(
-        prompt_ids=np.asarray(state.prompt_token_ids if start == 0 else (), np.int32),
-        token_ids=np.asarray(ids, np.int32),
-        logprobs=np.asarray([flat.logprobs[at] for at in flat.start_indices[start:]], np.float32),
-        spans=tuple(VersionSpan(start=a, stop=b, version=v) for a, b, v in spans),
-        finish_reason=CUT_OFF,
-        engine_steps=len(ids),
-    )
 
 
 def engine_arguments(model_path: str, dtype: str, rollout: RolloutConfig, seed: int) -> dict[str, Any]:
@@ -271,6 +322,7 @@ def engine_arguments(model_path: str, dtype: str, rollout: RolloutConfig, seed: 
         "max_num_batched_tokens": max(rollout.max_batched_tokens, (rollout.max_num_seqs + PROBES) * (1 + k)),
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from: temperature and top-p included
         "weight_transfer_config": {"backend": BACKEND},
+        "worker_extension_cls": "rollout_workers.vllm_plugin.weights.WorkerExtension",
         "disable_log_stats": True,
         "enable_log_requests": False,
     }
@@ -315,17 +367,18 @@ def probe_prompts(vocab_size: int) -> list[list[int]]:
     return [rng.integers(0, vocab_size, 8 * 2**i).tolist() for i in range(PROBES)]
 
 
-@contextmanager
-def in_memory_file(blob: NDArray[np.uint8]) -> Iterator[str]:
+@asynccontextmanager
+async def in_memory_file(blob: NDArray[np.uint8]) -> AsyncIterator[str]:
     """A path under which other processes of this user can read `blob`. It holds no disk, and goes with this process at the latest."""
-    descriptor = os.memfd_create("polyrl-weights")
-    try:
-        view = memoryview(np.ascontiguousarray(blob).data).cast("B")
-        while view:
-            view = view[os.write(descriptor, view) :]
-        yield f"/proc/{os.getpid()}/fd/{descriptor}"
-    finally:
-        os.close(descriptor)
+    with os.fdopen(os.memfd_create("polyrl-weights"), "wb", buffering=0) as file:
+
+        def write() -> None:
+            view = memoryview(np.ascontiguousarray(blob).data).cast("B")
+            while view:
+                view = view[file.write(view) :]
+
+        await asyncio.to_thread(write)  # half a second for half a gigabyte, in which tokens and environments go on
+        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def _descendants() -> list[psutil.Process]:

@@ -26,7 +26,7 @@ from rl_core.drafts import Drafts, prune, read_drafts
 from rl_core.process_env import cpu_environment
 from rl_core.seams import GroupResult, Ref
 from rl_core.types import EpisodeSpec, Receipt, Task
-from rollout_workers.engine import EngineError
+from rollout_workers.engine import EngineError, WeightsMismatch
 from rollout_workers.hosts import HostSet, start_hosts
 from rollout_workers.rewards import RewardActors
 from rollout_workers.routing import Routing
@@ -77,6 +77,7 @@ class Pool:
         """What an earlier life of the run left of its groups; taken out as they are taken up."""
         self._reading: dict[Any, asyncio.Future[dict[str, Drafts]]] = {}  # by dead worker
         self._reviving: set[asyncio.Future[None]] = set()
+        self._revived: list[Receipt] = []
         self._rewards = RewardActors()
         self._places = {(name := f"w{i}"): Place(name=name) for i in range(config.rollout.num_workers)}
         self._routing = Routing(self._places)
@@ -116,6 +117,8 @@ class Pool:
                 deaths.append(f"worker {place.name} died")
                 left = await self._left_by(place, actor)
                 await self._revive(place, actor, death)
+            except WeightsMismatch as error:
+                raise mismatch(error) from error
             finally:
                 place.groups.discard(group_id)
                 self._routing.give_back(place.name)
@@ -148,6 +151,10 @@ class Pool:
         """Publish `weights` (a reference to a safetensors blob) to every engine."""
         self.latest = (version, weights)
         return list(await asyncio.gather(*(self._publish(place, version, weights) for place in self._places.values())))
+
+    def revived(self) -> Sequence[Receipt]:
+        receipts, self._revived = self._revived, []
+        return receipts
 
     async def aclose(self) -> None:
         """End everything that this pool started."""
@@ -225,16 +232,16 @@ class Pool:
         async def restart() -> None:
             async with place.control:
                 if place.actor is dead:
-                    await self._restart(place, death)
+                    await self._bring_back(place, death)
 
         reviving = asyncio.ensure_future(restart())
         if not self._routing.any_up():
             await reviving
             return
         self._reviving.add(reviving)  # should it fail, the next publication fails for the same reason, and ends the run
-        reviving.add_done_callback(self._revived)
+        reviving.add_done_callback(self._has_revived)
 
-    def _revived(self, done: asyncio.Future[None]) -> None:
+    def _has_revived(self, done: asyncio.Future[None]) -> None:
         self._reviving.discard(done)
         if not done.cancelled() and done.exception() is not None:
             log.error("a worker did not come back: %s", done.exception())
@@ -245,8 +252,14 @@ class Pool:
             place = next(iter(self._places.values()))
             async with place.control:
                 if not self._routing.is_up(place.name):
-                    await self._restart(place, EngineError(f"worker {place.name} is gone"))
+                    await self._bring_back(place, EngineError(f"worker {place.name} is gone"))
         return self._places[worker]
+
+    async def _bring_back(self, place: Place, death: BaseException) -> None:
+        """A restart between publications: the learner has yet to see its receipt."""
+        receipt = await self._restart(place, death)
+        if receipt is not None:
+            self._revived.append(receipt)
 
     async def _restart(self, place: Place, death: BaseException) -> Any:
         self._routing.down(place.name)
@@ -295,3 +308,10 @@ async def bounded(ref: Awaitable[T], seconds: float, sentence: str) -> T:
         return await asyncio.wait_for(as_future(ref), seconds)
     except TimeoutError:
         raise PoolError(sentence) from None
+    except WeightsMismatch as error:
+        raise mismatch(error) from error
+
+
+def mismatch(error: WeightsMismatch) -> PoolError:
+    """Not a death, after which a worker is started again: it would be given the same bytes."""
+    return PoolError(str(getattr(error, "cause", error)))

@@ -24,7 +24,7 @@ from rl_core.faults import Retries
 from rl_core.seams import GroupResult
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, Task
 from rollout_workers.continuing import SNAPSHOT_S, Continuing, Diverged
-from rollout_workers.engine import Engine, EngineError
+from rollout_workers.engine import Engine, EngineError, WeightsMismatch
 from rollout_workers.episode import run_episode
 from rollout_workers.hosts import Hosts, HostSet
 from rollout_workers.rewards import RewardActors, recipes
@@ -83,7 +83,7 @@ class RolloutWorker:
         try:
             async with asyncio.TaskGroup() as episodes:
                 running = [episodes.create_task(self._rollout(job, i, retries, continued)) for i in range(job.spec.group_size)]
-        except* EngineError as several:
+        except* (EngineError, WeightsMismatch) as several:
             raise several.exceptions[0] from None  # one cause, of a class that the pool knows
         group = Group(id=job.group_id, task=job.task, rollouts=tuple(r.result() for r in running))
         if self._drafts is not None:

@@ -98,6 +98,9 @@ class AuditedWorkers:
     async def load_weights(self, version: int, weights: Ref) -> Sequence[Receipt]:
         return await self._workers.load_weights(version, weights)
 
+    def revived(self) -> Sequence[Receipt]:
+        return self._workers.revived()
+
     def _honeypot(self, task: Task) -> Task | None:
         """The honeypot that is due with this task, in the same words; None if none is due, or its environment has none."""
         self._due[task.env] += self._config.audit.honeypots

@@ -85,6 +85,7 @@ class SimPool:
         self.world, self.rng, self.strike = world, world.rng, world.faults.strike
         self.workers = [SimWorker(f"w{i}") for i in range(self.rng.randint(1, 3))]
         self.latest: tuple[int, str] | None = None
+        self._revived: list[Receipt] = []
         self._broken = broken  # an environment that fails now and then
 
     async def run_group(self, group_id: str, task: Task, spec: EpisodeSpec) -> GroupResult:
@@ -106,9 +107,11 @@ class SimPool:
         self.latest = weights
         await asyncio.gather(*(self._publish(worker) for worker in self.workers))
         self.world.witness.live(version, [w.version for w in self.workers])
-        return [
-            Receipt(worker=w.name, version=version, pause_s=0.01, num_bytes=1, probe=(completion_of([version]),)) for w in self.workers
-        ]  # fmt: skip
+        return [receipt(w, version) for w in self.workers]
+
+    def revived(self) -> Sequence[Receipt]:
+        receipts, self._revived = self._revived, []
+        return receipts
 
     async def _roll_out(self, worker: SimWorker, name: str, task: Task, spec: EpisodeSpec) -> Group:
         """Tokens under the weights that are loaded at the time, piece by piece."""
@@ -156,6 +159,12 @@ class SimPool:
             if worker.version is None:
                 await asyncio.sleep(5.0)
                 await self._load(worker)
+                if self.latest is not None:
+                    self._revived.append(receipt(worker, self.latest[0]))
+
+
+def receipt(worker: SimWorker, version: int) -> Receipt:
+    return Receipt(worker=worker.name, version=version, pause_s=0.01, num_bytes=1, probe=(completion_of([version]),))
 
 
 def duration(rng: random.Random) -> float:

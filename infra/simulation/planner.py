@@ -181,6 +181,9 @@ class PlannedRun:
             engine.load(version)
         return [Receipt(worker="w0", version=version, pause_s=0.0, num_bytes=0, probe=(completion_of([version]),))]
 
+    def revived(self) -> Sequence[Receipt]:
+        return ()
+
     # --- learner --------------------------------------------------------------------------------------------------------
 
     async def accumulate(self, groups: Sequence[Ref]) -> dict[str, float]:

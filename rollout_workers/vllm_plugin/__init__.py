@@ -1,6 +1,6 @@
 """What vLLM's own engine processes need from us; they find it by the entry point `vllm.general_plugins`.
 
-Everywhere: the weight-transfer backend "polyrl", a stop where a thought is full (thought_cap.py), and an engine process that never
+Everywhere: the weight-transfer backend "object_store", a stop where a thought is full (thought_cap.py), and an engine process that never
 outlives the process that owns it.
 On CPU only, where stock vLLM 0.32 is wrong or refuses for Mamba-2 / attention / MoE hybrids:
 
@@ -30,7 +30,7 @@ import threading
 OWNER_VARIABLE = "POLYRL_ENGINE_OWNER"
 """Environment variable with the id of the process that owns an engine; inherited by the engine's processes."""
 
-BACKEND = "polyrl"
+BACKEND = "object_store"
 """Name of our weight-transfer engine."""
 
 
@@ -44,7 +44,7 @@ def register() -> None:
     _die_with_owner()
     thought_cap.install()
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, "rollout_workers.vllm_plugin.weights", "SharedMemoryWeights")
+        WeightTransferEngineFactory.register_engine(BACKEND, "rollout_workers.vllm_plugin.weights", "ObjectStoreWeights")
     if current_platform.is_cpu():
         from rollout_workers.vllm_plugin import (
             auto_k,

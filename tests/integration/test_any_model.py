@@ -18,6 +18,7 @@ import torch
 from learner.model import PolicyModel
 from rl_core.chat import ChatML
 from rl_core.config import RolloutConfig
+from rl_core.seal import seal
 from rl_core.types import Completion, Message, SamplingParams
 from rollout_workers.engine import Engine
 from tests.integration.learner_scenarios import make_tiny_llama
@@ -49,7 +50,7 @@ async def test_engine_and_learner_agree_before_and_after_new_weights(tmp_path: P
             for parameter in model.parameters():
                 parameter.mul_(1.02)
         blob = safetensors.torch.save({name: tensor.contiguous().clone() for name, tensor in model.engine_state().items()})
-        receipt = await engine.load_weights(1, np.frombuffer(blob, np.uint8))
+        receipt = await engine.load_weights(1, seal(np.frombuffer(blob, np.uint8), 1))
         assert max(error(model, completion) for completion in receipt.probe) < 1e-3
         after = await engine.sample(prompt, params, request_id="after")
         assert error(model, after) < 1e-3

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,10 +29,12 @@ from reward_models.judges import Asking, Judge
 from reward_models.learned import Answer, Failure
 from rl_core.config import RolloutConfig
 from rl_core.drafts import joined
+from rl_core.seal import seal
 from rl_core.thinking import MAX_CLOSED, Thinking
 from rl_core.types import CUT_OFF, Completion, Message, SamplingParams, Turn
+from rollout_workers import engine as engines
 from rollout_workers.continuing import Continuing
-from rollout_workers.engine import PROBE_TOKENS, PROBES, Engine, EngineError, engine_arguments
+from rollout_workers.engine import PROBE_TOKENS, PROBES, Engine, EngineError, WeightsMismatch, engine_arguments
 from tests.integration.tiny_hybrid import make_tiny_hybrid
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -66,7 +70,7 @@ class Served:
 
     def load(self, blob: NDArray[np.uint8]) -> Any:
         self.version += 1
-        return self.run(self.engine.load_weights(self.version, blob))
+        return self.run(self.engine.load_weights(self.version, seal(blob, self.version)))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("tiny")
     PolicyModel.from_pretrained(make_tiny_hybrid(folder / "original", vocab_size=VOCAB, scale=3.0)).save_pretrained(folder / "checkpoint")
     export(folder / "checkpoint", folder / "export")
-    made = Served(folder / "export")
+    with pytest.MonkeyPatch.context() as patch:
+        extension = {"worker_extension_cls": "tests.integration.corruption.Corrupting"}
+        patch.setattr(engines, "engine_arguments", lambda *given: engine_arguments(*given) | extension)
+        made = Served(folder / "export")
     yield made
     made.engine.shutdown()
     made.loop.call_soon_threadsafe(made.loop.stop)
@@ -99,7 +106,7 @@ def of_sampled(logprobs: NDArray[np.float64], c: Completion) -> NDArray[np.float
 
 
 def checkpoint(served: Served, change: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, w: w) -> NDArray[np.uint8]:
-    """The checkpoint's bytes with changed tensors, as a learner would publish it."""
+    """The checkpoint's bytes with changed tensors."""
     weights = {name: change(name, w).contiguous() for name, w in load_file(served.model / "model.safetensors").items()}
     return np.frombuffer(save(weights), np.uint8)
 
@@ -263,6 +270,119 @@ def test_reloading_unchanged_weights_keeps_greedy_output_and_the_probe_is_all_ne
         assert {s.version for s in c.spans} == {served.version}
 
 
+HARMS = {
+    # what is done to the engine: what the sentence must name
+    "parameter": "policy model.norm_f.weight holds",
+    "decay rate": "policy model.layers.0.mixer.A holds",
+    "conv view": "policy model.layers.2.mixer.conv_weights holds",
+    "packed": "policy model.layers.0.mixer.in_proj.cpu_linear is not the one",
+    "constant": "policy model.layers.3.mixer.attn._k_scale holds",
+    "stale draft": "draft model.layers.0",
+    "loader": "policy model.layers.3.mixer.qkv_proj.weight holds",
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_tensor_that_is_not_what_was_published_stops_the_update_by_name(served: Served, harm: str) -> None:
+    """Found while it is staged ("loader"), the engine goes on with what it has; found when it is live, it samples no token more."""
+    generator, name = torch.Generator().manual_seed(5), f"harmed-{harm}"
+    blob, old = checkpoint(served, lambda _, w: w * (1 + 0.01 * torch.rand(w.shape, generator=generator))), served.version
+    sentence = f"^worker w0 does not hold version {old + 1}: {HARMS[harm]}"
+
+    async def load_amid_sampling() -> asyncio.Task[Completion]:
+        work = asyncio.create_task(served.engine.sample([5, 6], SamplingParams(max_tokens=400), request_id=name))
+        while not served.engine.under_way({name: 0}):
+            await asyncio.sleep(0.002)
+        with pytest.raises(WeightsMismatch, match=sentence):
+            await served.engine.load_weights(old + 1, seal(blob, old + 1))
+        await asyncio.wait([work])
+        return work
+
+    served.engine._stop_ids = []
+    served.run(served.engine._llm.collective_rpc("corrupt", args=(harm,)))
+    try:
+        work = served.run(load_amid_sampling())
+        if harm == "loader":
+            assert [(s.version, s.stop) for s in work.result().spans] == [(old, 400)]
+        else:
+            for unserved in (work.result, lambda: served.sample([[5, 6]], "refused")):
+                with pytest.raises(WeightsMismatch, match=sentence):
+                    unserved()
+    finally:
+        served.engine._stop_ids = [STOP]
+        served.run(served.engine._llm.collective_rpc("corrupt", args=("",)))
+    receipt = served.load(checkpoint(served))
+    (names,) = served.run(served.engine._llm.collective_rpc("tensor_names"))
+    missing = set(names) - receipt.checksums.keys()
+    assert not missing
+    assert {s.version for c in served.sample([[5, 6]], "mended") for s in c.spans} == {served.version}
+
+
+def test_bytes_that_changed_on_the_way_stop_the_update_by_name(served: Served) -> None:
+    version = served.version + 1
+    blob = seal(checkpoint(served), version)
+    blob[-1] ^= 1
+    with pytest.raises(WeightsMismatch, match=rf"worker w0 does not hold version {version}: tensor [\w.]+ arrived with checksum"):
+        served.run(served.engine.load_weights(version, blob))
+    with pytest.raises(WeightsMismatch, match="carry no checksums"):
+        served.run(served.engine.load_weights(version, checkpoint(served)))
+    with pytest.raises(WeightsMismatch, match=f"are sealed as version {version - 1}"):
+        served.run(served.engine.load_weights(version, seal(checkpoint(served), version - 1)))
+    assert {s.version for c in served.sample([[5, 6]], "unchanged") for s in c.spans} == {version - 1}
+
+
+def test_only_the_thread_that_samples_multiplies(served: Served) -> None:
+    """vLLM's CPU kernels share their scratch memory: what a second thread multiplies meanwhile spoils samples, without an error."""
+    served.run(served.engine._llm.collective_rpc("kernel_threads"))
+    served.load(checkpoint(served))
+    assert served.run(served.engine._llm.collective_rpc("kernel_threads")) == [["MainThread"]]
+
+
+def test_an_update_leaves_no_second_set_of_weights_behind(served: Served) -> None:
+    """Without the collector of circles, which may come minutes later."""
+
+    def tensors(collect: bool = False) -> int:
+        return served.run(served.engine._llm.collective_rpc("tensors", args=(collect,)))[0]
+
+    tensors()
+    try:
+        served.load(checkpoint(served))
+        until = time.monotonic() + 60
+        before = tensors()
+        for _ in range(3):
+            served.load(checkpoint(served))
+        while (left := tensors() - before) > 20 and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        tensors(collect=True)
+    assert left <= 20, "a set of weights of this model is some hundred tensors"
+
+
+def test_sequences_in_flight_are_restarted_from_their_prompt_where_so_configured(served: Served) -> None:
+    blob, old = checkpoint(served), served.version
+    served.version += 1
+
+    async def load_amid_sampling() -> list[Completion]:
+        names = dict.fromkeys((f"again-{i}" for i in range(len(asked))), 0)
+        params = SamplingParams(max_tokens=400)
+        work = [asyncio.create_task(served.engine.sample(p, params, request_id=n)) for n, p in zip(names, asked, strict=True)]
+        while not any(len(part.token_ids) for part in served.engine.under_way(names).values()):
+            await asyncio.sleep(0.002)
+        await served.engine.load_weights(old + 1, seal(blob, old + 1))
+        return await asyncio.gather(*work)
+
+    asked = prompts(12, seed=8, high=30)
+    served.engine._stop_ids, served.engine._rollout = [], replace(ROLLOUT, in_flight="restart")
+    try:
+        done = served.run(load_amid_sampling())
+    finally:
+        served.engine._stop_ids, served.engine._rollout = [STOP], ROLLOUT
+    assert {s.version for c in done for s in c.spans} == {old + 1}
+    assert [c.prompt_ids.tolist() for c in done] == asked
+    assert all(len(c.token_ids) == 400 for c in done)
+    assert all(c.state_age_max == 0 for c in done)
+
+
 def test_new_weights_arrive_in_flight_whole_and_the_sequences_go_on(served: Served, tmp_path: Path) -> None:
     """Every tensor is changed, one by one (a layerwise reload once lost `mixer.D`: prime-rl#2714)."""
     generator = torch.Generator().manual_seed(3)
@@ -278,7 +398,7 @@ def test_new_weights_arrive_in_flight_whole_and_the_sequences_go_on(served: Serv
         served.engine._stop_ids = []  # so that they run long enough
         running = [asyncio.create_task(served.engine.sample(p, params, request_id=f"flight-{i}")) for i, p in enumerate(asked)]
         await asyncio.sleep(1.5)
-        receipt = await served.engine.load_weights(old + 1, blob)
+        receipt = await served.engine.load_weights(old + 1, seal(blob, old + 1))
         return await asyncio.gather(*running), receipt
 
     try:
@@ -294,6 +414,8 @@ def test_new_weights_arrive_in_flight_whole_and_the_sequences_go_on(served: Serv
         assert c.spans[0].start == 0
         assert c.spans[0].stop == c.spans[1].start
         assert c.spans[1].stop == len(c.token_ids) == 400
+        assert c.state_age_max == 1, "state of the old weights is behind the tokens of the new ones"
+        assert c.state_age_sum == c.spans[1].stop - c.spans[1].start
         first = slice(0, c.spans[0].stop)
         assert np.abs(of_sampled(distribution(before, c, 1.0), c) - c.logprobs)[first].max() < 1e-3
     for c in receipt.probe:
@@ -312,7 +434,7 @@ def test_what_is_shown_of_sequences_under_way_is_how_they_end(served: Served) ->
     async def watched() -> list[Completion]:
         asked = SamplingParams(max_tokens=200)
         work = [asyncio.create_task(served.engine.sample(p, asked, request_id=n)) for n, p in zip(names, prompts(8, seed=9), strict=True)]
-        update = asyncio.create_task(served.engine.load_weights(served.version, blob))
+        update = asyncio.create_task(served.engine.load_weights(served.version, seal(blob, served.version)))
         while not all(w.done() for w in work):
             await asyncio.sleep(0.002)
             for name, part in served.engine.under_way(seen).items():
@@ -381,7 +503,7 @@ def test_a_closed_thought_keeps_its_versions_across_an_update_in_flight(served: 
         ]
         while not any("." in s.request_id.removeprefix("across-") for s in samplers):
             await asyncio.sleep(0.002)
-        await served.engine.load_weights(old + 1, checkpoint(served))
+        await served.engine.load_weights(old + 1, seal(checkpoint(served), old + 1))
         return await asyncio.gather(*work)
 
     try:
@@ -483,6 +605,24 @@ def test_an_engine_can_judge_and_one_that_writes_no_verdict_scores_nobody(served
     (score,) = served.run(judge.score([Answer(question="q", text="a")]))
     assert isinstance(score, Failure)
     assert judge.asking.asked == judge.asking.failed > 0
+
+
+def test_an_engine_without_room_for_a_second_set_of_weights_loads_in_place(served: Served, tmp_path: Path) -> None:
+    """As on CUDA: seal and probe are what is checked, and a broken seal leaves it standing still. Nobody uses this engine any more: vLLM
+    marks loaders in passing, so that an engine loads in place always or never."""
+    generator = torch.Generator().manual_seed(6)
+    blob = checkpoint(served, lambda _, w: w * (1 + 0.1 * torch.rand(w.shape, generator=generator)))
+    served.engine._stages = False
+    served.run(served.engine._llm.collective_rpc("load_in_place"))
+    receipt, after = served.load(blob), reference(served, blob, tmp_path)
+    assert not receipt.checksums
+    for c in receipt.probe:
+        assert np.abs(of_sampled(distribution(after, c, 1.0), c) - c.logprobs).max() < 1e-3
+    version = served.version + 1
+    with pytest.raises(WeightsMismatch, match=f"are sealed as version {version - 1}"):
+        served.run(served.engine.load_weights(version, seal(blob, version - 1)))
+    with pytest.raises(WeightsMismatch, match=f"are sealed as version {version - 1}"):
+        served.sample([[5, 6]], "in-place")
 
 
 def test_shutdown_leaves_no_process(served: Served) -> None:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save
 from learner.model import PolicyModel
 from rl_core.config import RolloutConfig
 from rl_core.loop import MAX_LOGPROB_ERROR
+from rl_core.seal import seal
 from rl_core.types import Completion, Receipt, SamplingParams
 from rollout_workers.engine import Engine
 from tests.integration.tiny_hybrid import make_tiny_hybrid
@@ -118,13 +119,13 @@ def test_engine_and_learner_agree_up_to_the_last_token_that_fits(cell: Cell) -> 
 
 
 def shaken(cell: Cell, folder: Path, seed: int) -> tuple[NDArray[np.uint8], PolicyModel]:
-    """Every tensor changed by up to a fifth: as a blob for the engine, and as the learner's model."""
+    """Every tensor changed by up to a fifth: as the next version's blob for the engine, and as the learner's model."""
     generator = torch.Generator().manual_seed(seed)
     old = load_file(cell.folder / "model.safetensors")
     blob = save({name: (w * (1 + 0.2 * torch.rand(w.shape, generator=generator))).contiguous() for name, w in old.items()})
     (folder / "config.json").write_bytes((cell.folder / "config.json").read_bytes())
     (folder / "model.safetensors").write_bytes(blob)
-    return np.frombuffer(blob, np.uint8), PolicyModel.from_pretrained(folder, dtype=DTYPES[cell.dtype])
+    return seal(np.frombuffer(blob, np.uint8), cell.version + 1), PolicyModel.from_pretrained(folder, dtype=DTYPES[cell.dtype])
 
 
 def test_engine_and_learner_agree_on_both_sides_of_an_update_in_flight(cell: Cell, tmp_path: Path) -> None:

@@ -24,12 +24,13 @@ from rl_core.chat import ChatML
 from rl_core.config import RunConfig
 from rl_core.config_files import parse_config
 from rl_core.drafts import CUT_OFF, Draft, read_drafts
+from rl_core.seal import seal
 from rl_core.seams import GroupResult
 from rl_core.thinking import MAX_CLOSED
 from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, SamplingParams, Status, Task, Turn
 from rollout_workers import hosts as hosts_module
 from rollout_workers.hosts import Hosts, HostSet, start_hosts
-from rollout_workers.pool import Pool
+from rollout_workers.pool import Pool, PoolError
 from tests.integration.hanging_env import HangingEnv
 from tests.integration.leaking_env import LeakingEnv
 
@@ -233,8 +234,13 @@ def test_a_host_that_leaks_is_replaced_between_episodes_and_no_episode_is_lost(r
 
 
 def test_published_weights_are_proved_and_stamped_on_the_tokens_after(running: Running) -> None:
-    blob = np.fromfile(SEED_MODEL / "model.safetensors", np.uint8)
+    blob = seal(np.fromfile(SEED_MODEL / "model.safetensors", np.uint8), 7)
+    broken = blob.copy()
+    broken[-1] ^= 1
+    with pytest.raises(PoolError, match=r"^worker w0 does not hold version 7: tensor \S+ arrived with checksum"):
+        running.run(running.pool.load_weights(7, ray.put(broken)))
     (receipt,) = running.run(running.pool.load_weights(7, ray.put(blob)))
+    assert receipt.checksums
     assert (receipt.worker, receipt.version, receipt.num_bytes) == ("w0", 7, blob.nbytes)
     assert {s.version for c in receipt.probe for s in c.spans} == {7}
     assert [(r.min_version, r.max_version) for r in running.groups("math", 2, "stamped")] == [(7, 7)] * 2
@@ -242,8 +248,8 @@ def test_published_weights_are_proved_and_stamped_on_the_tokens_after(running: R
 
 def test_a_killed_workers_rollouts_go_on_and_it_is_back_after_a_verified_update(running: Running) -> None:
     """SIGKILL amid work: finished rollouts stay, begun ones go on from their tokens, and the next version reaches the new worker."""
-    blob = ray.put(np.fromfile(SEED_MODEL / "model.safetensors", np.uint8))
-    running.run(running.pool.load_weights(8, blob))
+    weights = np.fromfile(SEED_MODEL / "model.safetensors", np.uint8)
+    running.run(running.pool.load_weights(8, ray.put(seal(weights, 8))))
     (kept,) = running.groups("math", 1, "kept")
     engines = engine_processes()
     names = [f"killed-{i}" for i in range(8)]
@@ -268,7 +274,7 @@ def test_a_killed_workers_rollouts_go_on_and_it_is_back_after_a_verified_update(
             assert not all(w.done() for w in work)
         (worker,) = (p for p in psutil.Process().children(recursive=True) if "RolloutWorker" in " ".join(p.cmdline()))
         worker.kill()
-        receipts = await running.pool.load_weights(9, blob)
+        receipts = await running.pool.load_weights(9, ray.put(seal(weights, 9)))
         return await asyncio.gather(*work), receipts
 
     results, (receipt,) = running.run(kill_amid_work())

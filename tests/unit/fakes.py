@@ -47,6 +47,8 @@ class FakeWorkers:
         self.version = -1
         self.running = self.most_running = 0
         self.live_at: dict[int, float] = {}
+        self.back: list[Receipt] = []
+        """Of workers that were started again."""
 
     async def run_group(self, group_id: str, task: Task, spec: EpisodeSpec) -> GroupResult:
         version = max(self.version, 0)
@@ -73,6 +75,10 @@ class FakeWorkers:
         assert version == self.version + 1, f"version {version} published after {self.version}"
         self.version = version
         return [Receipt(worker="w0", version=version, pause_s=0.01, num_bytes=10, probe=(probe(version),))]
+
+    def revived(self) -> Sequence[Receipt]:
+        receipts, self.back = self.back, []
+        return receipts
 
 
 class FakeLearner:

@@ -165,6 +165,9 @@ class LocalWorkers:
         self.worker.sampler.version = version
         return [Receipt(worker="w0", version=version, pause_s=0.0, num_bytes=1, probe=(probe(version),))]
 
+    def revived(self) -> Sequence[Receipt]:
+        return ()
+
 
 class CountingLearner:
     """Learns nothing; the script's progress follows its version."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from rl_core.loop import Budget, RunError, train
 from rl_core.mixer import Mixer
 from rl_core.replay_queue import ReplayQueue
 from rl_core.seams import GroupResult
-from rl_core.types import Receipt
+from rl_core.types import Agreement, Completion, Receipt
 from tests.unit.fakes import SPEC, FakeLearner, FakeWorkers, LocalQueue, Recorder, probe, simulate, tasks
 
 SHARES = {"math": 1.0, "code": 1.0, "tools": 2.0}
@@ -124,6 +126,22 @@ def test_logprobs_that_disagree_stop_the_run_naming_the_worker(tmp_path: Path) -
     with pytest.raises(BaseExceptionGroup) as caught:
         Run(LoopConfig(steps=3, groups_per_step=2), tmp_path, error=0.3).go()
     assert caught.group_contains(RunError, match="worker w0 does not sample from version 0")
+
+
+def test_a_worker_that_comes_back_proves_its_weights_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(LoopConfig(steps=3, groups_per_step=2), tmp_path)
+    right, run.workers.back = run.learner.agreement, [
+        Receipt(worker="w9", version=version, pause_s=0.0, num_bytes=1, probe=(probe(version), probe(version))) for version in (7, 0)
+    ]  # fmt: skip
+
+    async def wrong_for_two(completions: Sequence[Completion]) -> Agreement:
+        agreement = await right(completions)
+        return replace(agreement, mean=0.3) if len(completions) == 2 else agreement
+
+    monkeypatch.setattr(run.learner, "agreement", wrong_for_two)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        run.go()
+    assert caught.group_contains(RunError, match="worker w9 does not sample from version 0")
 
 
 def test_a_nan_disagreement_stops_the_run(tmp_path: Path) -> None:
