@@ -101,5 +101,5 @@ def test_first_drafts_are_those_of_the_learners_head(sampled: Sampled) -> None:
         rights.append((len(right), int(right.sum())))
     drafted, accepted = np.sum(shares, 0)
     places, right = np.sum(rights, 0)
-    assert drafted > 100
+    assert drafted >= 30, "too few for the bound, which widens with fewer; how many there are is the engine's choice, by its speed"
     assert accepted / drafted > right / places - 4 * (0.25 / drafted) ** 0.5

@@ -127,17 +127,21 @@ def test_rollouts_of_a_group_have_dice_of_their_own_and_fixed_dice_repeat(runnin
 def test_thoughts_are_closed_at_their_budget_and_the_answer_still_comes(running: Running) -> None:
     """The seed model works additions out within <think>: of three tokens it gets no further than the first digits."""
 
-    async def capped(budget: int) -> GroupResult:
+    async def capped(budget: int) -> list[GroupResult]:
         spec = replace(running.spec("math", temperature=0.5), thinking_budget=budget)
-        return await running.pool.run_group(f"capped-{budget}", tasks("math", 1)[0], spec)
+        work = (running.pool.run_group(f"capped-{budget}-{i}", task, spec) for i, task in enumerate(tasks("math", 4)))
+        return await asyncio.gather(*work)
 
     chat = ChatML(SEED_MODEL)
     assert chat.think_ids is not None
     for budget in (0, 3):
-        result = running.run(capped(budget))
-        rollouts = ray.get(result.ref).rollouts
-        assert result.thinking_tokens == sum(r.thinking_tokens for r in rollouts) <= budget * GROUP_SIZE
-        assert result.thoughts_closed == sum(r.thoughts_closed for r in rollouts) > 0
+        results = running.run(capped(budget))
+        for result in results:
+            group = ray.get(result.ref).rollouts
+            assert result.thinking_tokens == sum(r.thinking_tokens for r in group) <= budget * GROUP_SIZE
+            assert result.thoughts_closed == sum(r.thoughts_closed for r in group)
+        rollouts = [r for result in results for r in ray.get(result.ref).rollouts]
+        assert sum(r.thoughts_closed for r in rollouts) > 0, "no answer of four groups began with a thought"
         assert all("unclosed" not in r.turns[0].malformed for r in rollouts if 0 < r.thoughts_closed < MAX_CLOSED)
         assert all(c.token_ids[place] == chat.think_ids[1] for r in rollouts for c in r.completions for place in c.forced)
 
