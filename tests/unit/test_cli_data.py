@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +15,15 @@ import environments.humaneval_fakes
 import infra.evaluating
 from infra.cli import clusters, evals, replays
 from infra.cli.common import print_json
-from infra.cli.main import main
 from infra.docs import commands
 from rl_core.ledger import Ledger
 from rl_core.types import Status, Task, Verdict
 from tests.unit.stored_runs import store_run
+from tests.unit.test_cli import Call, polyrl  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 RUN = "20260101-000000-demo"
 
-Call = Callable[..., tuple[int, str, str]]
 
 ACTIONS = {
     "run", "submit", "resume", "stop", "chaos",  # a run, and where it is afterwards: `show` has its data
@@ -75,21 +73,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def polyrl(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Calls the command within the folder; returns exit code, standard output, standard error."""
-
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["polyrl", *args])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+def within(folder: Path, polyrl: Call, monkeypatch: pytest.MonkeyPatch) -> Call:  # noqa: F811
+    """The command, called within the folder."""
+    monkeypatch.chdir(folder)
+    return polyrl
 
 
 @pytest.fixture
@@ -120,9 +107,9 @@ def test_every_command_either_does_something_or_prints_data_with_json() -> None:
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_its_output_is_json_and_nothing_else(name: str, polyrl: Call, elsewhere: None) -> None:
+def test_its_output_is_json_and_nothing_else(name: str, within: Call, elsewhere: None) -> None:
     arguments, codes = DATA[name]
-    code, out, err = polyrl(*name.split(), *arguments, "--json")
+    code, out, err = within(*name.split(), *arguments, "--json")
     assert code in codes, out + err
     assert isinstance(json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON")), dict | list)
 
@@ -135,30 +122,30 @@ def test_numbers_that_json_lacks_are_null(capsys: pytest.CaptureFixture[str]) ->
 # Configs, compared.
 
 
-def test_two_configs_that_say_the_same_do_not_differ(polyrl: Call, folder: Path, tmp_path: Path) -> None:
-    assert polyrl("config", "diff", "configs/quickstart.yaml", RUN)[:2] == (0, "no difference\n")
-    assert polyrl("config", "diff", f"runs/{RUN}", "latest", "--json")[:2] == (0, "[]\n")
+def test_two_configs_that_say_the_same_do_not_differ(within: Call, folder: Path, tmp_path: Path) -> None:
+    assert within("config", "diff", "configs/quickstart.yaml", RUN)[:2] == (0, "no difference\n")
+    assert within("config", "diff", f"runs/{RUN}", "latest", "--json")[:2] == (0, "[]\n")
     spelled_out = tmp_path / "full.yaml"
-    spelled_out.write_text(polyrl("config", "show", "configs/quickstart.yaml")[1], encoding="utf-8")
-    assert polyrl("config", "diff", str(spelled_out), "configs/quickstart.yaml")[0] == 0, "defaults are no difference"
+    spelled_out.write_text(within("config", "show", "configs/quickstart.yaml")[1], encoding="utf-8")
+    assert within("config", "diff", str(spelled_out), "configs/quickstart.yaml")[0] == 0, "defaults are no difference"
 
 
-def test_each_key_that_differs_is_named_with_both_values(polyrl: Call, tmp_path: Path) -> None:
+def test_each_key_that_differs_is_named_with_both_values(within: Call, tmp_path: Path) -> None:
     changed = tmp_path / "changed.yaml"
     overrides = ("loop.steps=7", "name=other", "environments.math.options.new=1")
-    changed.write_text(polyrl("config", "show", "configs/quickstart.yaml", *overrides)[1], encoding="utf-8")
-    code, out, _ = polyrl("config", "diff", "configs/quickstart.yaml", str(changed))
-    steps = json.loads(polyrl("config", "show", "configs/quickstart.yaml", "--json")[1])["loop"]["steps"]
+    changed.write_text(within("config", "show", "configs/quickstart.yaml", *overrides)[1], encoding="utf-8")
+    code, out, _ = within("config", "diff", "configs/quickstart.yaml", str(changed))
+    steps = json.loads(within("config", "show", "configs/quickstart.yaml", "--json")[1])["loop"]["steps"]
     lines = [line.split(maxsplit=1) for line in out.splitlines()]
     wanted = [["environments.math.options.new", "(absent) -> 1"], ["loop.steps", f"{steps} -> 7"], ["name", "'quickstart' -> 'other'"]]
     assert (code, lines) == (1, wanted)
-    code, out, _ = polyrl("config", "diff", "configs/quickstart.yaml", str(changed), "--json")
+    code, out, _ = within("config", "diff", "configs/quickstart.yaml", str(changed), "--json")
     assert (code, json.loads(out)[:2]) == (1, [{"key": "environments.math.options.new", "b": 1}, {"key": "loop.steps", "a": steps, "b": 7}])
 
 
 @pytest.mark.parametrize("name", ["nothing", "configs/none.yaml", "configs"])
-def test_what_is_neither_file_nor_run_cannot_be_compared(polyrl: Call, name: str) -> None:
-    code, out, err = polyrl("config", "diff", name, "latest")
+def test_what_is_neither_file_nor_run_cannot_be_compared(within: Call, name: str) -> None:
+    code, out, err = within("config", "diff", name, "latest")
     assert (code, out) == (2, "")
     assert name in err
 
@@ -166,12 +153,12 @@ def test_what_is_neither_file_nor_run_cannot_be_compared(polyrl: Call, name: str
 # Shells.
 
 
-def offered(polyrl: Call, monkeypatch: pytest.MonkeyPatch, typed: str) -> list[str]:
+def offered(within: Call, monkeypatch: pytest.MonkeyPatch, typed: str) -> list[str]:
     """What bash is told after `typed`; the last word is the one being typed."""
     monkeypatch.setenv("_POLYRL_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", typed)
     monkeypatch.setenv("COMP_CWORD", str(len(typed.split(" ")) - 1))
-    return polyrl()[1].split()
+    return within()[1].split()
 
 
 COMPLETIONS = {
@@ -190,19 +177,19 @@ COMPLETIONS = {
 
 
 @pytest.mark.parametrize("typed", COMPLETIONS)
-def test_a_shell_is_offered_what_fits(polyrl: Call, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
-    assert offered(polyrl, monkeypatch, typed) == COMPLETIONS[typed]
+def test_a_shell_is_offered_what_fits(within: Call, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    assert offered(within, monkeypatch, typed) == COMPLETIONS[typed]
 
 
-def test_config_files_are_offered_before_anything_is_typed(polyrl: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = offered(polyrl, monkeypatch, "polyrl run ")
+def test_config_files_are_offered_before_anything_is_typed(within: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = offered(within, monkeypatch, "polyrl run ")
     assert {"configs/quickstart.yaml", "configs/models/"} <= set(found)
     assert all((ROOT / name).exists() for name in found)
 
 
-def test_the_script_for_a_shell_is_printed(polyrl: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_for_a_shell_is_printed(within: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHELL", "/bin/bash")
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
-    code, out, err = polyrl("--show-completion", "bash")
+    code, out, err = within("--show-completion", "bash")
     assert code == 0, err
     assert "_POLYRL_COMPLETE=complete_bash" in out
