@@ -156,7 +156,11 @@ class RolloutWorker:
             waiting = {s.request_id: s for s in self._under_way if s.request_id}
             for request_id, part in self.engine.under_way({name: s.seen for name, s in waiting.items()}).items():
                 waiting[request_id].snapshot(part)
-            drafts.flush()
+            try:
+                drafts.flush()
+            except OSError as error:  # a full disk stops the run elsewhere; drafts alone are no reason to
+                log.error("drafts are kept no longer, so rollouts that are interrupted start again: %s", error)
+                return
 
 
 def seeded(spec: EpisodeSpec, index: int) -> EpisodeSpec:

@@ -1,16 +1,19 @@
-"""An environment's cap on its episodes holds in a worker, and takes no room of the others."""
+"""What a worker does around its episodes: an environment's cap takes no room of the others, and a full disk ends no work."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rl_core.config import RolloutConfig
+from rl_core.drafts import DraftFile
 from rl_core.types import Rollout, Status, Task, Verdict
+from rollout_workers import worker as module
 from rollout_workers.worker import Job, RolloutWorker
 from tests.unit.fakes import SPEC
 
@@ -49,3 +52,20 @@ async def test_a_capped_environment_waits_outside_the_room_that_all_share(monkey
     _, result = await slow
     assert (result.num_trainable, peak["slow"]) == (32, 3)
     assert 3 < peak["fast"] <= 12 - 3
+
+
+async def test_a_full_disk_ends_the_drafts_and_not_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(DraftFile):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "SNAPSHOT_S", 0.0)
+    worker = RolloutWorker(
+        "w0", life="w0.0", model_path=str(SEED_MODEL), dtype="float32", rollout=RolloutConfig(), seed=0, hosts={}, run_dir=None
+    )  # fmt: skip
+    worker._engine = SimpleNamespace(under_way=lambda since: {})
+    await asyncio.wait_for(worker._write_snapshots(file := Full(tmp_path, "w0")), 10)
+    file.close()
+    assert "rollouts that are interrupted start again: [Errno 28] No space left" in caplog.text
