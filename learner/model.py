@@ -157,15 +157,45 @@ class PolicyModel(nn.Module):
         trains the MTP head alone. The shared embedding is detached here. `prefix`: hidden states [P, D] (detached) and ids [P] of
         what stands before every row; the rows must begin with the same token.
         """
+        hidden, embedded, shared = self._mtp_inputs(hidden, input_ids, prefix)
+        drafted = self._layer(self.mtp, hidden, embedded) if shared is None else self._layer(self.mtp, hidden, embedded, shared)  # type: ignore[arg-type]
+        return drafted if shared is None else shared.split(drafted)[1]
+
+    def mtp_drafts(
+        self, hidden: Tensor, token_ids: Tensor, mask: Tensor, depth: int, *, prefix: tuple[Tensor, Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What the MTP head says of first, second, ... `depth`-th drafts: (its outputs [T_j, D], right tokens [T_j], rows [T_j]) of each.
+
+        hidden [B, L - 1, D] of token_ids [B, L] without the last, detached, as for `mtp_hidden`. A j-th draft, of token t + 1 + j from
+        position t, counts where `mask` [B, L] is True for it and for the drafts before it, which are taken to stand.
+        """
+        rows, columns = mask[:, 2:].nonzero(as_tuple=True)
+        outputs = self.mtp_hidden(hidden, token_ids[:, :-1], prefix=prefix)
+        yield outputs[rows, columns], token_ids[rows, columns + 2], rows
+        if depth == 1:
+            return
+        if not len(rows):  # a rank without trained tokens takes its part in ZeRO 3 all the same, with a draft that does not count
+            rows = columns = rows.new_zeros(1)
+        reach = _runs(mask)[rows, columns + 2]  # [T] tokens in a row that count, from the first draft on
+        inputs, embedded, shared = self._mtp_inputs(hidden, token_ids[:, :-1], prefix)
+        embed, last = self.lm.get_input_embeddings(), token_ids.shape[1] - 1
+        following = [embed(token_ids[rows, (columns + j).clamp(max=last)]).detach() for j in range(2, depth + 1)]
+        assert self.mtp is not None
+        for j, output in enumerate(self.mtp.ahead(inputs, embedded, outputs[rows, columns], following, (rows, columns), shared), 2):
+            there = reach >= j
+            yield output[there], token_ids[rows[there], columns[there] + 1 + j], rows[there]
+
+    def _mtp_inputs(self, hidden: Tensor, input_ids: Tensor, prefix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Shared | None]:
+        """Hidden states, the embedded tokens behind them, and how the two are packed."""
         if self.mtp is None:
             raise ValueError("this model has no MTP head; ask `has_mtp` first")
         embed = self.lm.get_input_embeddings()
         if prefix is None:
-            return self._layer(self.mtp, hidden[:, :-1], embed(input_ids[:, 1:]).detach())
+            return hidden[:, :-1], embed(input_ids[:, 1:]).detach(), None
         before, before_ids = prefix
         shared = Shared(len(before), len(hidden))
         next_ids = shared.join(torch.cat([before_ids[1:], input_ids[0, :1]])[None], input_ids[:, 1:])
-        return shared.split(self._layer(self.mtp, shared.join(before[None], hidden[:, :-1]), embed(next_ids).detach(), shared))[1]
+        return shared.join(before[None], hidden[:, :-1]), embed(next_ids).detach(), shared
 
     def expert_loads(self, real: Tensor) -> dict[int, Tensor]:
         """Tokens per expert [E] of each MoE layer of the trunk in the last forward pass; `real` [positions] is False at padding."""
@@ -207,6 +237,14 @@ class PolicyModel(nn.Module):
             source = Path(tokenizer_path or "", name)
             if source.is_file() and source.resolve() != (path / name).resolve():
                 shutil.copyfile(source, path / name)
+
+
+def _runs(mask: Tensor) -> Tensor:
+    """[B, L] int64: how many entries are True in a row, from each one on."""
+    runs = mask.long()
+    for column in range(mask.shape[1] - 2, -1, -1):
+        runs[:, column] *= 1 + runs[:, column + 1]
+    return runs
 
 
 def seed_config(vocab_size: int) -> NemotronHConfig:

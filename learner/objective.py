@@ -36,7 +36,7 @@ class Sum(IntEnum):
     PULL_SQUARED = auto()
     REFERENCE_KL = auto()  # train, reference; nats, k3
     MTP_TOKENS = auto()
-    MTP_LOSS = auto()  # nats
+    MTP_LOSS = auto()  # nats, mean over drafts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +65,13 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, num_loss_tokens: int, num_mtp_tokens: int) -> tuple[Tensor, Tensor]:
         """(this microbatch's share of the loss, its sums [num_envs, len(Sum)]). Shares of all microbatches and ranks add up to the loss."""
-        inputs = batch.token_ids[:, :-1]
         hidden, prefix = hidden_states(self.model, batch)
         for layer, load in self.model.expert_loads(real_inputs(batch)).items():
             self.expert_loads[layer] = self.expert_loads.get(layer, 0) + load
         loss, sums = self._policy(batch, hidden)
         loss = loss / max(num_loss_tokens, 1)
         if self.trains_mtp:
-            mtp_loss, mtp_sums = self._mtp(batch, inputs, hidden.detach(), prefix)
+            mtp_loss, mtp_sums = self._mtp(batch, hidden.detach(), prefix)
             loss = loss + self.config.mtp_loss_weight * mtp_loss / max(num_mtp_tokens, 1)
             sums = sums + mtp_sums
         return loss, sums
@@ -119,17 +118,22 @@ class Objective(nn.Module):
             return train.detach()
         return torch.where(behaviour.isfinite(), behaviour.to(train.dtype), train.detach())
 
-    def _mtp(self, batch: Batch, inputs: Tensor, hidden: Tensor, prefix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _mtp(self, batch: Batch, hidden: Tensor, prefix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the MTP head on the policy's own tokens. `hidden` is detached and the LM head frozen: the trunk gets nothing.
 
-        Position t sees hidden t and token t + 1, and predicts token t + 2, as in the engine's draft.
+        Position t sees hidden t and token t + 1, and predicts token t + 2, as in the engine's draft; with `mtp_depth` also the tokens
+        behind it, from its own outputs. The loss is the mean over depths of sums over tokens.
         """
-        rows, columns = batch.loss_mask[:, 2:].nonzero(as_tuple=True)
-        drafted = self.model.mtp_hidden(hidden, inputs, prefix=prefix)  # [B, L - 2, D]
-        targets = batch.token_ids[rows, columns + 2]
-        logprobs, _ = self.model.token_logprobs(drafted[rows, columns], targets, 1.0, frozen_head=True)
-        sums = self._sums(batch.envs[rows], {Sum.MTP_TOKENS: torch.ones_like(logprobs), Sum.MTP_LOSS: -logprobs})
-        return -logprobs.sum(), sums
+        depth = self.config.mtp_depth
+        total, sums = hidden.new_zeros(()), torch.zeros(self.num_envs, len(Sum), dtype=torch.float64, device=hidden.device)
+        drafts = self.model.mtp_drafts(hidden, batch.token_ids, batch.loss_mask, depth, prefix=prefix)
+        for j, (drafted, targets, rows) in enumerate(drafts):
+            logprobs, _ = self.model.token_logprobs(drafted, targets, 1.0, frozen_head=True)
+            loss = -logprobs / depth
+            total = total + loss.sum()
+            columns = {Sum.MTP_LOSS: loss} | ({Sum.MTP_TOKENS: torch.ones_like(loss)} if j == 0 else {})
+            sums = sums + self._sums(batch.envs[rows], columns)
+        return total, sums
 
     def _sums(self, envs: Tensor, columns: dict[Sum, Tensor]) -> Tensor:
         """[num_envs, len(Sum)] float64: each column added up per environment."""

@@ -248,6 +248,9 @@ class LearnerConfig:
     baseline; its tokens do not train. null is whatever loop.max_staleness admits."""
     mtp_loss_weight: float = 0.3
     """Weight of the MTP head's loss on the policy's own rollouts; the trunk gets no gradient from it."""
+    mtp_depth: int = 1
+    """Drafts ahead that the loss covers: 1 is what is trained in pretraining; with more the head also learns to go on from its own output,
+    as it must with rollout.speculative_tokens above 1."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     train_router: bool = False
     """Whether MoE router weights are trained; frozen by default, as routers drift in RL."""

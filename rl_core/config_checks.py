@@ -49,6 +49,7 @@ def validate(config: RunConfig) -> None:
         )
     check_objective(learner, loop)
     _at_least("learner.mtp_loss_weight", learner.mtp_loss_weight, 0)
+    _at_least("learner.mtp_depth", learner.mtp_depth, 1)
     _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
     _one_of("model.tool_format", c.model.tool_format, ("auto", "hermes", "xml"))
     _one_of("sandbox", c.sandbox, ("auto", "docker", "bubblewrap"))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAY_DIFFER = (
     "learner.advantage", "learner.policy_loss", "learner.proximal", "learner.clip_", "learner.importance.", "learner.kl_weight",
-    "learner.train_staleness", "learner.mtp_loss_weight",
+    "learner.train_staleness", "learner.mtp_loss_weight", "learner.mtp_depth",
 )  # fmt: skip
 """Keys of the objective, which `--with` may change; so may overlong* of an environment."""
 

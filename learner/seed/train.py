@@ -36,6 +36,8 @@ DECAY_SHARE = 0.3  # of the steps, at the end, in which the learning rate falls 
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 MTP_WEIGHT = 0.5
+MTP_DEPTH = 4
+"""Drafts ahead that the MTP head learns to make, the later ones from its own outputs."""
 TOKENIZER_EPISODES = 2000
 REPORT_EVERY_S = 10.0
 
@@ -78,11 +80,11 @@ def train_seed(
             if measure_every and done % measure_every == 0 and done < steps:
                 model.save_pretrained(folder, folder)
                 for course in FINAL:
-                    report(f"  step {done}: {measure(model, _located(course, folder), chat, tasks=32)}")
+                    report(f"  step {done}: {measure(model, located(course, folder), chat, tasks=32)}")
     except KeyboardInterrupt:
         report(f"stopped at step {done}; saving")
     model.save_pretrained(folder, folder)
-    results = [measure(model, _located(course, folder), chat, tasks=128) for course in FINAL]
+    results = [measure(model, located(course, folder), chat, tasks=128) for course in FINAL]
     for result in results:
         report(f"  final: {result}")
     record = {
@@ -111,8 +113,8 @@ def fit(
     progress = Progress()
     step = 0
     for number, phase in enumerate(PHASES):
-        located = Phase(until=phase.until, courses=tuple(_located(c, folder) for c in phase.courses))
-        stream = steps_of(located, chat, pad=pad, step_tokens=step_tokens, seed=10_007 * seed + number)
+        here = Phase(until=phase.until, courses=tuple(located(c, folder) for c in phase.courses))
+        stream = steps_of(here, chat, pad=pad, step_tokens=step_tokens, seed=10_007 * seed + number)
         while step < int(phase.until * steps):
             for group, peak in peaks:
                 group["lr"] = peak * learning_rate(step, steps)
@@ -143,9 +145,7 @@ def learn(model: PolicyModel, optimizers: list[torch.optim.Optimizer], step_batc
         targets = mask[:, 1:]
         nll = F.cross_entropy(model.logits(hidden[:, :-1][targets]), ids[:, 1:][targets], reduction="none")
         row_weights = torch.tensor([weights[env] for env in batch.envs])
-        ahead = mask[:, 2:]
-        drafts = model.logits(model.mtp_hidden(hidden.detach(), ids)[:, :-1][ahead], frozen_head=True)
-        mtp_nll = F.cross_entropy(drafts, ids[:, 2:][ahead], reduction="sum")
+        mtp_nll = draft_loss(model, hidden.detach(), ids, mask)
         rows = targets.nonzero()[:, 0]
         (torch.dot(nll, row_weights[rows]) + mtp_weight * mtp_nll).backward()
         for nll_sum, env in zip(torch.zeros(len(batch.envs)).index_add_(0, rows, nll.detach()).tolist(), batch.envs, strict=True):
@@ -158,6 +158,13 @@ def learn(model: PolicyModel, optimizers: list[torch.optim.Optimizer], step_batc
         optimizer.zero_grad(set_to_none=True)
     progress.count.update(counts)
     progress.steps += 1
+
+
+def draft_loss(model: PolicyModel, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the MTP head, the mean over MTP_DEPTH drafts of their sums over tokens; hidden [B, L, D] is detached."""
+    drafts = model.mtp_drafts(hidden[:, :-1], ids, mask, MTP_DEPTH)
+    losses = [F.cross_entropy(model.logits(h, frozen_head=True), targets, reduction="sum") for h, targets, _ in drafts]
+    return torch.stack(losses).mean()
 
 
 def make_optimizers(model: PolicyModel) -> list[torch.optim.Optimizer]:
@@ -187,7 +194,7 @@ def describe(progress: Progress, step: int, steps: int) -> str:
     return f"step {step}/{steps}  {losses}  MTP {draft:.3f}  {progress.tokens / seconds:,.0f} tok/s  {minutes_left:.1f} min left"
 
 
-def _located(course: Course, folder: Path) -> Course:
+def located(course: Course, folder: Path) -> Course:
     """The course with the environment's option `tokenizer` set, where it has one: documents are measured in the model's own tokens."""
     if course.env != "long_context":
         return course

@@ -14,7 +14,15 @@ from tests.integration.learner_ranks import run_ranks
 from tests.integration.learner_scenarios import VOCAB
 from tests.integration.tiny_hybrid import make_tiny_hybrid
 
-RULES = {"policy_loss": "gspo", "clip_low": 0.1, "clip_high": 0.1, "proximal": "behaviour", "kl_weight": 0.1, "train_staleness": 0}
+RULES = {
+    "policy_loss": "gspo",
+    "clip_low": 0.1,
+    "clip_high": 0.1,
+    "proximal": "behaviour",
+    "kl_weight": 0.1,
+    "train_staleness": 0,
+    "mtp_depth": 3,
+}
 """Ratios of whole trajectories, a reference policy, and a rollout that is too stale to train."""
 
 LORA: dict[str, Any] = {"rank": 2, "alpha": 3.0, "targets": ["q_proj", "v_proj", "in_proj"]}

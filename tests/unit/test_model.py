@@ -170,6 +170,55 @@ def test_the_mtp_head_computes_the_wiring_that_vllm_runs(model: PolicyModel) -> 
     torch.testing.assert_close(model.mtp_hidden(hidden, ids)[0], out, atol=1e-5, rtol=1e-5)
 
 
+def chain(model: PolicyModel, ids: torch.Tensor, start: int, depth: int) -> list[torch.Tensor]:
+    """The head's outputs for the drafts behind position `start` of one row, as the engine computes them, one pass after the other.
+
+    A sequence of trunk's states up to the start and the head's own outputs behind it, all gone through the head again each time.
+    """
+    states = list(model(ids[:, : start + 1])[0])
+    outputs = []
+    for j in range(depth):
+        embedded = model.lm.get_input_embeddings()(ids[0, 1 : start + 2 + j])
+        assert model.mtp is not None
+        outputs.append(model.mtp(torch.stack(states)[None], embedded[None])[0, -1])
+        states.append(outputs[-1])
+    return outputs
+
+
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_drafts_further_ahead_are_those_that_the_engine_makes_from_the_heads_own_outputs(model: PolicyModel, prefix: int) -> None:
+    before, ids = ids_of(1, prefix, seed=1)[0], ids_of(3, 14, seed=2)
+    ids[:, 0] = 7
+    mask = torch.zeros(3, 14, dtype=torch.bool)
+    mask[0, 3:9] = mask[1, 12:14] = mask[2, 2:4] = mask[2, 6:12] = True
+    if prefix:
+        seen, hidden = model.behind_prefix(before, ids[:, :-1])
+        drafts = list(model.mtp_drafts(hidden, ids, mask, 3, prefix=(seen, before)))
+    else:
+        drafts = list(model.mtp_drafts(model(ids[:, :-1]), ids, mask, 3))
+    whole = torch.cat([before.expand(3, -1), ids], 1)
+    counted = [0, 0, 0]
+    for row, column in (mask[:, 2:]).nonzero().tolist():
+        reach = next((j for j in range(3) if column + 2 + j == 14 or not mask[row, column + 2 + j]), 3)
+        outputs = chain(model, whole[row : row + 1], prefix + column, reach)
+        for j in range(reach):
+            drafted, targets, rows = (part[counted[j]] for part in drafts[j])
+            counted[j] += 1
+            assert (int(rows), int(targets)) == (row, int(ids[row, column + 2 + j]))
+            torch.testing.assert_close(drafted, outputs[j], atol=1e-5, rtol=1e-5)
+    assert counted == [len(targets) for _, targets, _ in drafts] == [6 + 2 + 2 + 6, 5 + 1 + 1 + 5, 4 + 4]
+
+
+def test_a_loss_over_drafts_further_ahead_trains_the_mtp_head_alone(model: PolicyModel) -> None:
+    ids = ids_of(2, 12)
+    drafts = list(model.mtp_drafts(model(ids[:, :-1]).detach(), ids, torch.ones(2, 12, dtype=torch.bool), 3))
+    for drafted, targets, _ in drafts[1:]:
+        (-model.token_logprobs(drafted, targets, frozen_head=True)[0].mean()).backward(retain_graph=True)
+    assert all(parameter.grad is None for parameter in model.lm.parameters())
+    assert model.mtp is not None
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.mtp.parameters())
+
+
 def test_right_padding_changes_nothing_before_it(model: PolicyModel) -> None:
     ids = ids_of(1, 40)
     padded = torch.cat([ids, torch.zeros(1, 25, dtype=torch.long)], 1)

@@ -111,7 +111,7 @@ def test_packing_changes_neither_loss_nor_gradient_nor_metrics_of_any_rule(
 ) -> None:
     low, high = (-2e-3, 2e-3) if rule == "dppo" else MASK_HALF[rule]
     config = LearnerConfig(
-        policy_loss=policy_loss, proximal=proximal, clip_low=0.2, clip_high=0.2, kl_weight=KL,
+        policy_loss=policy_loss, proximal=proximal, clip_low=0.2, clip_high=0.2, kl_weight=KL, mtp_depth=1 if rule == "none" else 3,
         importance=ImportanceConfig(rule=rule, low=low, high=high),
     )  # fmt: skip
     objective = Objective(policies[0], config, len(ENVS))
