@@ -101,6 +101,8 @@ def configured(target: str, settings: list[str], envs: list[str], step: int | No
             raise UsageError(f"--step {step} is of a run, and {target!r} is a model")
         if path is None:
             raise UsageError(f"{target!r} is a model; say as well which CONFIG has the environments, such as configs/quickstart.yaml")
+    elif Path(target).suffix in (".yaml", ".yml"):
+        raise UsageError(f"{target!r} is a config, wanted a run or a checkpoint folder before it: polyrl eval latest {target}")
     else:
         run = RunStore.find(runs_dir, target)
         model, path = checkpoint_of(run, step) / "model", path or run.run_dir / "config.yaml"

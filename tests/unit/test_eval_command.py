@@ -62,6 +62,7 @@ def test_budgets_are_read_in_order_and_nonsense_is_refused() -> None:
     ("args", "said"),
     [
         ([str(SEED_MODEL)], "is a model; say as well which CONFIG"),
+        (["configs/quickstart.yaml"], "wanted a run or a checkpoint folder before it: polyrl eval latest configs/quickstart.yaml"),
         ([str(SEED_MODEL), *SMALL, "--step", "3"], "--step 3 is of a run"),
         ([str(SEED_MODEL), *SMALL, "--env", "maths"], "--env maths: "),
         ([str(SEED_MODEL), *SMALL, str(QUICKSTART)], "got 2 configs"),
