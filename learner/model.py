@@ -158,7 +158,7 @@ class PolicyModel(nn.Module):
         what stands before every row; the rows must begin with the same token.
         """
         hidden, embedded, shared = self._mtp_inputs(hidden, input_ids, prefix)
-        drafted = self._layer(self.mtp, hidden, embedded) if shared is None else self._layer(self.mtp, hidden, embedded, shared)  # type: ignore[arg-type]
+        drafted = self._layer(self.mtp, hidden, embedded, shared)  # type: ignore[arg-type]
         return drafted if shared is None else shared.split(drafted)[1]
 
     def mtp_drafts(
