@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 
 import gymnasium
 
+from environments import examples
 from environments.files import file_tasks
 from environments.spaces import MessagesSpace, TurnSpace
 from rl_core.seams import Observation
@@ -69,6 +70,7 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
 
     def __init__(self, **options: Any) -> None:
         self.options = options
+        self._examples = examples.wanted(self.id, options)
         self.observation_space = MessagesSpace()
         self.action_space = TurnSpace()
         self.task: Task | None = None  # type: ignore[assignment]
@@ -159,6 +161,8 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
             task = self.task_at("train", draw, 0, self.options)
         self.task, self._done = task, False
         observation = self.begin(task)
+        if self._examples:
+            observation = examples.with_examples(type(self), self.options, task, observation)
         return to_gym(observation), {"task_key": task.key, "observation": observation}
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:

@@ -7,9 +7,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SHARED = {"oracle_working": 0.5, "sandbox": "auto", "tokenizer": ""}
-"""Options that every environment accepts: how often its oracle shows its working, where untrusted programs run, and the folder of the
-policy's tokenizer.json, in whose tokens a prompt's length may be asked for."""
+SHARED = {"oracle_working": 0.5, "sandbox": "auto", "tokenizer": "", "examples": 0}
+"""Options that every environment accepts: how often its oracle shows its working, where untrusted programs run, the folder of the
+policy's tokenizer.json, in whose tokens a prompt's length may be asked for, and how many worked examples stand before the task."""
 
 
 class OptionError(ValueError):
