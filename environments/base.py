@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 
 import gymnasium
 
-from environments import examples
+from environments.examples import behind_system, examples
 from environments.files import file_tasks
 from environments.spaces import MessagesSpace, TurnSpace
 from rl_core.seams import Observation
@@ -70,7 +70,7 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
 
     def __init__(self, **options: Any) -> None:
         self.options = options
-        self._examples = examples.wanted(self.id, options)
+        self._examples = examples(type(self), options)
         self.observation_space = MessagesSpace()
         self.action_space = TurnSpace()
         self.task: Task | None = None  # type: ignore[assignment]
@@ -162,7 +162,7 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
         self.task, self._done = task, False
         observation = self.begin(task)
         if self._examples:
-            observation = examples.with_examples(type(self), self.options, task, observation)
+            observation = behind_system(self._examples, task, observation)
         return to_gym(observation), {"task_key": task.key, "observation": observation}
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:

@@ -26,18 +26,22 @@ MOST = 32
 SEED = 0x5EED
 
 
-def wanted(env_id: str, options: Mapping[str, Any]) -> int:
-    """How many examples `options` ask for. Raises ValueError for what is no such number."""
+Example = tuple[str, tuple[Message, ...]]
+"""(key of the task, its question and its answer)"""
+
+
+def examples(env_class: type[TextEnv], options: Mapping[str, Any]) -> Sequence[Example]:
+    """As many as `options["examples"]` says. Raises ValueError for what is no such number, and where a task takes more than one answer."""
     count = options.get("examples", 0)
     if not isinstance(count, int) or isinstance(count, bool):
-        raise ValueError(f"environment {env_id!r}: option examples is {count!r}, wanted a number of worked examples, 0 to {MOST}")
-    check_range(env_id, "examples", count, 0, MOST)
-    return count
+        raise ValueError(f"environment {env_class.id!r}: option examples is {count!r}, wanted a number of worked examples, 0 to {MOST}")
+    check_range(env_class.id, "examples", count, 0, MOST)
+    plain = {name: value for name, value in options.items() if name != "examples"}
+    return _solved(env_class, count, json.dumps(plain, sort_keys=True)) if count else ()
 
 
-def with_examples(env_class: type[TextEnv], options: Mapping[str, Any], task: Task, observation: Observation) -> Observation:
+def behind_system(shown: Sequence[Example], task: Task, observation: Observation) -> Observation:
     """The first observation of an episode with the worked examples behind its system messages; never the task itself among them."""
-    shown = _solved(env_class, json.dumps(dict(options), sort_keys=True))
     turns = [message for key, messages in shown if key != task.key for message in messages]
     system = [m for m in observation.messages if m.role == "system"]
     asked = [m for m in observation.messages if m.role != "system"]
@@ -45,12 +49,10 @@ def with_examples(env_class: type[TextEnv], options: Mapping[str, Any], task: Ta
 
 
 @lru_cache(maxsize=16)
-def _solved(env_class: type[TextEnv], options: str) -> Sequence[tuple[str, tuple[Message, ...]]]:
-    """(task key, question and answer) of each example."""
+def _solved(env_class: type[TextEnv], count: int, options: str) -> Sequence[Example]:
     plain = json.loads(options)
-    count = plain.pop("examples")
     env = env_class(**plain)
-    found = {}
+    found: dict[str, tuple[Message, ...]] = {}
     for index in range(4 * count):  # a small space of tasks repeats itself
         task = env_class.task_at("train", SEED, index, plain)
         if len(found) < count and task.key not in found:

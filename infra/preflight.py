@@ -52,7 +52,7 @@ def check_environment(config: RunConfig, name: str) -> None:
         try:
             options = {"tokenizer": config.model.path, "sandbox": config.sandbox, **env.options, **level}
             next(env_class.tasks("train", config.seed, options))
-            if options.get("file"):  # its rows say nothing about the other options
+            if options.get("file") or options.get("examples"):  # the first task says nothing about the other options
                 env_class(**options).close()
         except SandboxUnavailable:
             return  # a task whose reference is run: check_sandbox says what is missing, where the run is on this machine
