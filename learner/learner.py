@@ -28,7 +28,7 @@ from learner.model import PolicyModel
 from learner.objective import Batch, Objective, Sum, row_logprobs
 from learner.optimizer import deepspeed, make_engine, measure, parameter_groups
 from rl_core import seal
-from rl_core.batching import Microbatch, microbatches, num_loss_tokens, num_mtp_tokens
+from rl_core.batching import Microbatch, microbatch_cost, microbatches, num_loss_tokens, num_mtp_tokens
 from rl_core.config import LearnerConfig
 from rl_core.overlong import Overlong
 from rl_core.trajectories import LeftOut, left_out, trajectories
@@ -83,10 +83,11 @@ class Learner:
         mtp = [p for p in model.mtp.parameters() if p.requires_grad] if model.mtp is not None else []
         own = {id(p) for p in mtp}
         policy = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        dtype = next(model.parameters()).dtype
+        dtype, num_parameters = next(model.parameters()).dtype, sum(p.numel() for p in model.parameters())
         buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
         self.engine, self.optimizer = make_engine(self.objective, parameter_groups(policy, mtp, config.max_grad_norm), config, dtype=dtype)
         self.device = self.engine.device
+        self._microbatch_cost = microbatch_cost(num_parameters, on_gpu=self.device.type == "cuda")
         self.reference = None if reference is None else reference.to(self.device).requires_grad_(False).eval()
         for name, buffer in model.named_buffers():  # DeepSpeed casts all to the run's dtype; router biases stay in float32
             buffer.data = buffer.data.to(buffers[name])
@@ -113,7 +114,12 @@ class Learner:
         if not num_tokens and not kept_out:
             raise ValueError(f"{len(groups)} groups without a single token to train; the loop must leave out groups that do not train")
         plan = microbatches(
-            rows, envs=self.envs, max_tokens=self.config.microbatch_tokens, num_ranks=self.world_size, share_prefixes=self.model.is_hybrid
+            rows,
+            envs=self.envs,
+            max_tokens=self.config.microbatch_tokens,
+            num_ranks=self.world_size,
+            share_prefixes=self.model.shares_prefixes,
+            fixed_cost=self._microbatch_cost,
         )
         sums = torch.zeros(len(self.envs), len(Sum), dtype=torch.float64, device=self.device)
         mine = plan[self.rank]

@@ -47,6 +47,8 @@ class PolicyModel(nn.Module):
         if type(head) is not nn.Linear:
             raise ValueError(f"the LM head of {type(lm).__name__} is a {type(head).__name__}; wanted a plain Linear")
         head.forward = MethodType(_head_forward, head)
+        self.shares_prefixes = self.is_hybrid or shared_prefix.install_registered(lm.config)
+        """Whether `behind_prefix` works."""
         if self.is_hybrid:
             _install_fast_paths(lm)
 
@@ -87,34 +89,42 @@ class PolicyModel(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Final normed hidden states [B, L, D] of right-padded ids [B, L]."""
-        if not self.is_hybrid:
-            if self.gradient_checkpointing and not self.lm.is_gradient_checkpointing:
-                self.lm.gradient_checkpointing_enable({"use_reentrant": False})
-                for layer in self.lm.modules():
-                    if isinstance(layer, GradientCheckpointingLayer):
-                        layer.training = True  # it asks; what is within it stays in evaluation mode, without dropout
-            return self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return self._trunk(input_ids, None)
 
     def behind_prefix(self, prefix_ids: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states of right-padded rows [B, S] that all continue one prefix [P], which is computed once. Hybrids only.
+        """Hidden states of right-padded rows [B, S] that all continue one prefix [P], which is computed once. See `shares_prefixes`.
 
         Returns [P, D] and [B, S, D], what `forward` gives for the rows with the prefix before each. P must be at least the
         convolution's look-back (3 for a kernel of 4).
         """
-        if not self.is_hybrid:
-            raise ValueError(f"{type(self.lm).__name__} cannot share a prefix; only the NemotronH hybrid can (`is_hybrid`)")
+        if not self.shares_prefixes:
+            raise ValueError(f"{type(self.lm).__name__} cannot share a prefix; ask `shares_prefixes` first")
         shared = Shared(len(prefix_ids), len(input_ids))
         prefix, rows = shared.split(self._trunk(shared.join(prefix_ids[None], input_ids), shared))
         return prefix[0], rows
 
     def _trunk(self, input_ids: Tensor, shared: Shared | None) -> Tensor:
+        if not self.is_hybrid:
+            return self._transformers_trunk(input_ids, shared)
         trunk = self.lm.model
         hidden = trunk.embeddings(input_ids)
         layout = {} if shared is None else {"shared": shared}
         for block in trunk.layers:
             hidden = self._layer(block, hidden, **layout)
         return trunk.norm_f(hidden)
+
+    def _transformers_trunk(self, input_ids: Tensor, shared: Shared | None) -> Tensor:
+        if self.gradient_checkpointing and not self.lm.is_gradient_checkpointing:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in self.lm.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True  # it asks; what is within it stays in evaluation mode, without dropout
+        layout: dict[str, Any] = {}
+        if shared is not None:
+            length = (input_ids.shape[1] - shared.prefix) // shared.rows
+            layout = {"shared": shared, "position_ids": shared_prefix.positions(shared, length, input_ids.device)}
+        hidden: Tensor = self.lm.base_model(input_ids=input_ids, use_cache=False, **layout).last_hidden_state
+        return hidden
 
     def _layer(self, layer: nn.Module, *inputs: Any, **layout: Any) -> Tensor:
         """Its output."""

@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttention
+
+from rl_core.architectures import has_full_attention_only
+
+SHARED_SDPA = "polyrl_shared"
+"""Name of our attention in Transformers' registry: its own "sdpa", and `attention` for a packed layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,5 +132,35 @@ def _attention_forward(self: Any, hidden_states: Tensor, shared: Shared | None =
 
 
 def install(mixer: nn.Module) -> None:
-    """Let this one attention layer understand `shared=`."""
+    """Let this one attention layer of a hybrid understand `shared=`."""
     mixer.forward = MethodType(_attention_forward, mixer)  # type: ignore[method-assign]
+
+
+def _registered_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, shared: Shared | None = None,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """As Transformers calls it: query [B, H, N, D], key and value [B, K, N, D] -> [B, N, H, D]."""
+    if shared is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[return-value]
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, shared, scale).unflatten(-1, query.shape[2:]), None
+
+
+def install_registered(config: PretrainedConfig) -> bool:
+    """Let a model of this configuration, whose layers take their attention from the registry, understand `shared=`; False if it cannot.
+
+    Transformers makes no mask for an attention that it does not know: ours is causal by itself.
+    """
+    if not has_full_attention_only(config.to_dict()):
+        return False
+    AttentionInterface.register(SHARED_SDPA, _registered_attention)
+    config._attn_implementation = SHARED_SDPA
+    return True
+
+
+def positions(shared: Shared, length: int, device: torch.device) -> Tensor:
+    """[1, P + B * S] of a packed layout whose rows have `length` positions: each row goes on where the prefix ends."""
+    at = torch.arange(shared.prefix + length, device=device)
+    return torch.cat([at[: shared.prefix], at[shared.prefix :].repeat(shared.rows)])[None]

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from rl_core.types import Floats, Ids, Trajectory
 
 MICROBATCH_COST = 512
-"""Fixed cost of one more microbatch, as so many padded tokens: kernel launches and Python against arithmetic."""
+"""Fixed cost of one more microbatch, as so many padded tokens: kernel launches and Python against arithmetic. Of a model of a million
+parameters on a CPU, or a large one on a GPU."""
 
 PAD_ID = 0
 """Any valid id: models are causal and padding stands on the right, so nothing that is trained looks at it."""
@@ -28,6 +29,11 @@ CONTEXT = 2
 
 EMPTY_LENGTH = 4
 """Width of a microbatch without content; long enough for a next token and for the MTP head's token after that."""
+
+
+def microbatch_cost(num_parameters: int, *, on_gpu: bool) -> int:
+    """MICROBATCH_COST for a model of this size: on a CPU a token's arithmetic grows with the parameters, and the fixed cost hardly does."""
+    return MICROBATCH_COST if on_gpu else max(16, MICROBATCH_COST * 2_000_000 // max(num_parameters, 2_000_000))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,18 +93,25 @@ def num_mtp_tokens(trajectories: Sequence[Trajectory]) -> int:
 
 
 def microbatches(
-    trajectories: Sequence[Trajectory], *, envs: Sequence[str], max_tokens: int, num_ranks: int = 1, share_prefixes: bool = False
+    trajectories: Sequence[Trajectory],
+    *,
+    envs: Sequence[str],
+    max_tokens: int,
+    num_ranks: int = 1,
+    share_prefixes: bool = False,
+    fixed_cost: int = MICROBATCH_COST,
 ) -> list[list[Microbatch]]:
     """[num_ranks] lists of equal length, at least 1. A row longer than `max_tokens` padded tokens gets a microbatch of its own.
 
     Units are dealt out by cost in turns that go back and forth, so that ranks do nearly the same work in the same shapes.
-    `share_prefixes`: a prompt that several rows begin with is computed once, where that saves more than a microbatch costs.
+    `share_prefixes`: a prompt that several rows begin with is computed once, where that saves more tokens than `fixed_cost`, what one
+    more microbatch costs (`microbatch_cost`).
     """
     lengths = [trainable_length(t) for t in trajectories]
     index = {name: i for i, name in enumerate(envs)}
     if unknown := {t.env for t in trajectories} - set(index):
         raise ValueError(f"trajectories of unknown environment {sorted(unknown)[0]!r}; the run has {', '.join(envs)}")
-    units = sorted(_units(trajectories, lengths, max_tokens, share_prefixes), key=lambda u: (-u.cost, u.rows))
+    units = sorted(_units(trajectories, lengths, max_tokens, fixed_cost if share_prefixes else None), key=lambda u: (-u.cost, u.rows))
     hands: list[list[Unit]] = [[] for _ in range(num_ranks)]
     for turn, unit in enumerate(units):
         lap, seat = divmod(turn, num_ranks)
@@ -106,7 +119,7 @@ def microbatches(
     ranks = []
     for hand in hands:
         alone = [u.rows[0] for u in hand if not u.prefix]
-        cuts = cheapest_cuts(np.array([lengths[i] for i in alone], np.int64), max_tokens)
+        cuts = cheapest_cuts(np.array([lengths[i] for i in alone], np.int64), max_tokens, fixed_cost)
         batches = [(u.rows, u.prefix) for u in hand if u.prefix] + [(tuple(alone[a:b]), 0) for a, b in cuts]
         ranks.append([_pad([trajectories[i] for i in rows], [lengths[i] for i in rows], prefix, index) for rows, prefix in batches])
     most = max(1, *(len(r) for r in ranks))  # a batch without a token to train is still a step
@@ -115,9 +128,9 @@ def microbatches(
     return ranks
 
 
-def _units(trajectories: Sequence[Trajectory], lengths: Sequence[int], max_tokens: int, share_prefixes: bool) -> list[Unit]:
-    """Every row that trains, in exactly one unit."""
-    if not share_prefixes:
+def _units(trajectories: Sequence[Trajectory], lengths: Sequence[int], max_tokens: int, cost: int | None) -> list[Unit]:
+    """Every row that trains, in exactly one unit. A prompt is shared where that saves more tokens than `cost`; None: never."""
+    if cost is None:
         return [Unit((i,), 0, length) for i, length in enumerate(lengths) if length]
     by_prompt: dict[bytes, list[int]] = {}
     for i, length in enumerate(lengths):
@@ -129,7 +142,7 @@ def _units(trajectories: Sequence[Trajectory], lengths: Sequence[int], max_token
         prefix = int(trained_mask(trajectories[rows[0]]).argmax()) - CONTEXT
         longest = max(lengths[i] for i in rows) - prefix
         size = max(1, (max_tokens - prefix) // longest)  # rows that fit behind one copy of the prefix
-        if (min(size, len(rows)) - 1) * prefix > MICROBATCH_COST:
+        if (min(size, len(rows)) - 1) * prefix > cost:
             parts = [tuple(rows[a : a + size]) for a in range(0, len(rows), size)]
             units += [Unit(part, prefix, prefix + len(part) * longest) for part in parts]
         else:
@@ -137,10 +150,10 @@ def _units(trajectories: Sequence[Trajectory], lengths: Sequence[int], max_token
     return units
 
 
-def cheapest_cuts(lengths: NDArray[np.int64], max_tokens: int) -> list[tuple[int, int]]:
-    """Cut rows of descending `lengths` [n] into consecutive [start, stop) so that padded tokens + MICROBATCH_COST each is least.
+def cheapest_cuts(lengths: NDArray[np.int64], max_tokens: int, fixed_cost: int = MICROBATCH_COST) -> list[tuple[int, int]]:
+    """Cut rows of descending `lengths` [n] into consecutive [start, stop) so that padded tokens + `fixed_cost` each is least.
 
-    Exact, by dynamic programming: best[j] = min over i of best[i] + lengths[i] * (j - i) + MICROBATCH_COST.
+    Exact, by dynamic programming: best[j] = min over i of best[i] + lengths[i] * (j - i) + fixed_cost.
     """
     n = len(lengths)
     best, cut_at = np.zeros(n + 1), np.zeros(n + 1, np.int64)
@@ -148,7 +161,7 @@ def cheapest_cuts(lengths: NDArray[np.int64], max_tokens: int) -> list[tuple[int
         first = max(0, min(j - 1, j - max_tokens // max(int(lengths[j - 1]), 1)))  # more rows than that do not fit: they are no shorter
         start = np.arange(first, j)
         area = lengths[first:j] * (j - start)
-        cost = np.where((area <= max_tokens) | (start == j - 1), best[first:j] + area + MICROBATCH_COST, np.inf)
+        cost = np.where((area <= max_tokens) | (start == j - 1), best[first:j] + area + fixed_cost, np.inf)
         cut_at[j] = first + int(cost.argmin())
         best[j] = cost[cut_at[j] - first]
     cuts: list[tuple[int, int]] = []

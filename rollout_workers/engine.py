@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from rl_core.architectures import has_full_attention_only
 from rl_core.config import RolloutConfig
 from rl_core.types import Completion, Receipt, SamplingParams
 from rollout_workers.completions import completion, cut_off
@@ -40,6 +41,8 @@ queues behind the run's own work."""
 PROBE_TOKENS = 24
 """Tokens per probe: 96 in all, enough for a mean; a wrong recurrent state shows after three or four."""
 
+CACHED_BLOCK = 32
+"""Tokens per block of an engine on CPU that caches prompts; its attention wants a multiple of 32."""
 WARM_UP_TOKENS = 8
 CONTROL_TIMEOUT_S = 120.0
 """Bound on one control call (pause, load, resume). They take milliseconds; a step of 32k prefill tokens may come first."""
@@ -74,6 +77,7 @@ class Engine:
         self._began: dict[str, int] = {}
         """{request: version that it was sent under}."""
         self._stages = False
+        self._caches_prompts: bool = llm.vllm_config.cache_config.enable_prefix_caching
         self._processes = _descendants()
 
     @staticmethod
@@ -134,6 +138,8 @@ class Engine:
                 report = await (self._take_over() if self._stages else self._load_in_place(update))
                 if report["mismatch"]:
                     await self._stand_still(self._sentence(version, report))
+                if self._caches_prompts and not await self._control(self._llm.reset_prefix_cache(), "forget its prompts"):
+                    raise EngineError(f"worker {self.name} did not forget the prompts of version {self.version}")
                 await self._control(self._llm.update_weight_version(str(version)), "name its version")
                 self.version, self._unfit = version, ""
                 await self._control(self._llm.resume_generation(), "resume")
@@ -276,7 +282,9 @@ class Engine:
         prompt = [int(i) for i in prompt_ids]
         began = self._began[request_id] = self.version
         try:
-            async for output in self._llm.generate({"prompt_token_ids": prompt}, request, request_id):
+            # The salt keeps apart what was computed under different weights; see vllm_plugin/prefix_cache.py.
+            sent = {"prompt_token_ids": prompt} | ({"cache_salt": str(began)} if self._caches_prompts else {})
+            async for output in self._llm.generate(sent, request, request_id):
                 final = output
         except EngineDeadError as error:
             raise EngineError(f"the engine process of worker {self.name} died; its log says why") from error
@@ -314,8 +322,8 @@ def engine_arguments(model_path: str, dtype: str, rollout: RolloutConfig, seed: 
         "seed": seed,
         "skip_tokenizer_init": True,  # ids in, ids out: text never passes through here
         "enforce_eager": current_platform.is_cpu(),
-        # A prefix cache would serve states of old weights after an update; with MTP on a hybrid model it does not run on CPU at all.
-        "enable_prefix_caching": False,
+        # Mamba states are kept per sequence, and not per block as keys and values are; with MTP they cannot be shared on CPU at all.
+        "enable_prefix_caching": caches_prompts(model_path),
         # Room behind the longest sequence, so that drafting never meets the limit (wrong logprobs there: vllm#38711).
         "max_model_len": rollout.max_model_len + 1 + k,
         "max_num_seqs": rollout.max_num_seqs + PROBES,
@@ -328,6 +336,10 @@ def engine_arguments(model_path: str, dtype: str, rollout: RolloutConfig, seed: 
     }
     if current_platform.is_cpu():
         arguments["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
+        if caches_prompts(model_path):
+            arguments["block_size"] = (
+                CACHED_BLOCK  # whole blocks are shared, and 128 tokens, vLLM's choice, are more than many prompts have
+            )
     if k:
         if not has_mtp(model_path):
             raise EngineError(
@@ -359,6 +371,11 @@ def has_mtp(model_path: str) -> bool:
     """Whether a checkpoint folder carries a multi-token-prediction layer."""
     config = json.loads(Path(model_path, "config.json").read_text())
     return bool(config.get("num_nextn_predict_layers"))
+
+
+def caches_prompts(model_path: str) -> bool:
+    """Whether a prompt's keys and values serve other sequences that begin with it, under the same weights."""
+    return has_full_attention_only(json.loads(Path(model_path, "config.json").read_text()))
 
 
 def probe_prompts(vocab_size: int) -> list[list[int]]:

@@ -250,12 +250,6 @@ def test_rows_behind_a_shared_prefix_are_the_rows_with_the_prefix_before_each(mo
         torch.testing.assert_close(got[name], wanted[name], atol=2e-4, rtol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_model_that_cannot_share_a_prefix_says_so() -> None:
-    other = PolicyModel(LlamaForCausalLM(llama_config()), None)
-    with pytest.raises(ValueError, match="LlamaForCausalLM cannot share a prefix"):
-        other.behind_prefix(ids_of(1, 5)[0], ids_of(2, 3))
-
-
 @pytest.mark.parametrize("chunk", [7, 4096])
 def test_token_logprobs_are_a_log_softmax_at_each_tokens_own_temperature(model: PolicyModel, chunk: int) -> None:
     ids = ids_of(3, 11)
