@@ -42,7 +42,8 @@ PROBE_TOKENS = 24
 """Tokens per probe: 96 in all, enough for a mean; a wrong recurrent state shows after three or four."""
 
 CACHED_BLOCK = 32
-"""Tokens per block of an engine on CPU that caches prompts; its attention wants a multiple of 32."""
+"""Tokens per block of an engine on CPU that caches prompts: whole blocks are shared, and 128, vLLM's choice, are more than many prompts
+have. Its attention wants a multiple of 32."""
 WARM_UP_TOKENS = 8
 CONTROL_TIMEOUT_S = 120.0
 """Bound on one control call (pause, load, resume). They take milliseconds; a step of 32k prefill tokens may come first."""

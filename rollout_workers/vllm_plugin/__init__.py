@@ -11,12 +11,15 @@ On CPU only, where stock vLLM 0.32 is wrong or refuses for Mamba-2 / attention /
     mtp_dtype.py     the MTP head took bfloat16 for float32 where the checkpoint was float32 (no draft was ever accepted)
     latent_moe.py    ungated (relu^2) experts are refused
     seeded.py        a seeded request ended the engine when its prompt was prefilled in parts
+    kernel_scan.py   an engine in a process that has numba loaded did not start
 
 and where it is right, but takes longer than a small model's forward pass (docs/speculation.md):
 
     mtp_draft.py     drafts of the MTP head
     rejection.py     verification of drafts
     auto_k.py        how many to draft, from what is measured
+    kernels.py       what few tokens take of the above, compiled
+    raw_weights.py   what kernels.py multiplies with
 
 On CUDA no layer is touched.
 """
@@ -50,16 +53,20 @@ def register() -> None:
         from rollout_workers.vllm_plugin import (
             auto_k,
             conv_update,
+            kernel_scan,
             latent_moe,
             mtp_draft,
             mtp_dtype,
+            raw_weights,
             rejection,
             sampling,
             seeded,
             ssm_update,
         )
 
-        for fix in (auto_k, conv_update, latent_moe, mtp_draft, mtp_dtype, rejection, sampling, seeded, ssm_update):
+        for fix in (
+            auto_k, conv_update, kernel_scan, latent_moe, mtp_draft, mtp_dtype, raw_weights, rejection, sampling, seeded, ssm_update,
+        ):  # fmt: skip
             fix.install()
 
 

@@ -38,6 +38,28 @@ def causal_conv1d_update(
         )
     assert conv_state_indices is not None
     assert query_start_loc is not None
+    if x.dtype == conv_state.dtype == weight.dtype == torch.float32 and bias is not None:
+        from rollout_workers.vllm_plugin import kernels
+
+        first = conv_state_indices[:, 0] if conv_state_indices.dim() > 1 else conv_state_indices
+        out = torch.empty(x.shape)
+        places = kernels.views(first.int(), num_accepted_tokens.int(), query_start_loc.int(), out)
+        kernels.conv_step(*kernels.views(x, conv_state, weight, bias), bool(activation), *places)
+        return out
+    return by_operations(x, conv_state, weight, bias, bool(activation), conv_state_indices, num_accepted_tokens, query_start_loc)
+
+
+def by_operations(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: bool,
+    conv_state_indices: Tensor,
+    num_accepted_tokens: Tensor,
+    query_start_loc: Tensor,
+) -> Tensor:
+    """The same in PyTorch's operations, for any type."""
     width = weight.shape[1]
     slots = (conv_state_indices[:, 0] if conv_state_indices.dim() > 1 else conv_state_indices).long()
     lengths = query_start_loc.diff()

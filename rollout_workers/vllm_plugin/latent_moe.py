@@ -11,15 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rollout_workers.vllm_plugin.raw_weights import raw_weight
+
 DENSE_FLOPS = 400_000_000
 """Multiply-adds up to which all experts are computed for all tokens, in two matrix products: below some tens of milliseconds the
 bookkeeping of a sparse dispatch costs more than it saves."""
+
+
+FEW_OPERATIONS = 8_000_000
+"""Multiply-adds up to which kernels.py is taken: beyond, the products of a tuned library gain more than its calls cost."""
 
 
 class RoutedExperts(nn.Module):
@@ -106,8 +113,44 @@ class CpuLatentMoE(nn.Module):
             self.fc1_latent_proj = nn.Linear(hidden, latent, bias=config.mlp_bias)
             self.fc2_latent_proj = nn.Linear(latent, hidden, bias=config.mlp_bias)
         self.experts = Experts(experts, latent, config.moe_intermediate_size)
+        shared = config.moe_shared_expert_intermediate_size * config.n_shared_experts
+        self.operations = (
+            hidden * (experts + 2 * latent + 2 * shared) + 2 * config.num_experts_per_tok * latent * config.moe_intermediate_size
+        )
+        """Multiply-adds per token."""
+
+    @cached_property
+    def is_compiled(self) -> bool:
+        """Whether `kernels.moe_rows` serves this layer: float32, a latent space, shared experts, one group and no biases."""
+        if self.routing.n_group > 1 or not self.in_latent_space or self.shared_experts is None:
+            return False
+        layers = (self.gate, self.fc1_latent_proj, self.fc2_latent_proj, self.shared_experts.up_proj, self.shared_experts.down_proj)
+        floats = self.experts.routed_experts.w13_weight.dtype == torch.float32
+        return floats and all(layer.bias is None and raw_weight(layer) is not None for layer in layers)
+
+    def weights(self) -> tuple[Any, ...]:
+        """What `kernels.moe_rows` wants between x and out. Asked at each call, since updates may replace a weight."""
+        from rollout_workers.vllm_plugin import kernels
+
+        shared, experts, routing = self.shared_experts, self.experts.routed_experts, self.routing
+        assert shared is not None
+        gate, bias, *others = kernels.views(
+            self.gate.weight, self.gate.e_score_correction_bias, self.fc1_latent_proj.weight, experts.w13_weight, experts.w2_weight,
+            self.fc2_latent_proj.weight, raw_weight(shared.up_proj), raw_weight(shared.down_proj),
+        )  # fmt: skip
+        return gate, bias, routing.num_experts_per_tok, routing.norm_topk_prob, routing.routed_scaling_factor, *others
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(x) * self.operations <= FEW_OPERATIONS and self.is_compiled:
+            from rollout_workers.vllm_plugin import kernels
+
+            out = torch.empty_like(x)
+            kernels.moe_rows(x.numpy(), *self.weights(), out.numpy())
+            return out
+        return self.by_operations(x)
+
+    def by_operations(self, x: Tensor) -> Tensor:
+        """The same in PyTorch's operations, for any type and number of tokens."""
         weight, index = route(x, self.gate.weight, self.gate.e_score_correction_bias, self.routing)
         z = self.fc1_latent_proj(x) if self.in_latent_space else x
         up, down = self.experts.routed_experts.w13_weight, self.experts.routed_experts.w2_weight

@@ -16,11 +16,14 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE
+from rollout_workers.vllm_plugin.latent_moe import FEW_OPERATIONS
+from rollout_workers.vllm_plugin.raw_weights import raw_weight
 
 LEAST_CHANCE = 0.3
 """Where k is chosen, a draft is verified if it stands with this chance, by the head's own probabilities of it and of those before it.
@@ -48,13 +51,40 @@ class Head:
         blocks, heads, size, _ = self.mixer.attn.kv_cache.shape
         assert size == block_size, f"attention blocks of {size} tokens, drafts placed in blocks of {block_size}"
         self.keys, self.values = self.mixer.attn.kv_cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
+        layers = (self.embed, self.lm_head, first.eh_proj, self.mixer.qkv_proj, self.mixer.o_proj)
+        moe = second.mixer
+        import os
+
+        self.is_compiled = os.environ.get("NOHEAD") != "1" and (
+            getattr(moe, "is_compiled", False)
+            and all(layer.weight.dtype == torch.float32 and layer.weight.numel() for layer in layers)
+            and all(getattr(layer, "bias", None) is None for layer in layers)
+        )
+        """Whether kernels.py serves it, for few tokens."""
+        self.operations = sum(layer.weight.numel() for layer in layers[1:]) + getattr(moe, "operations", 0)
+        """Multiply-adds per token."""
+        self.epsilon = first.norm.variance_epsilon
+
+    def few(self, count: int) -> bool:
+        return self.is_compiled and count * self.operations <= FEW_OPERATIONS
 
     def enter(self, ids: Tensor, hidden: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Token t + 1 and hidden state t [N, D]: their keys and values go to `slots`; returns residual [N, D] and queries [N, H, P]."""
-        embedded = F.embedding(ids, self.embed.weight)
-        x = linear(self.first.eh_proj, torch.cat([norm(self.first.enorm, embedded), norm(self.first.hnorm, hidden)], -1))
-        m = self.mixer
-        q, k, v = linear(m.qkv_proj, norm(self.first.norm, x)).split([m.q_size, m.kv_size, m.kv_size], -1)
+        m, first = self.mixer, self.first
+        if self.few(len(ids)):
+            from rollout_workers.vllm_plugin import kernels
+
+            x, qkv = torch.empty(hidden.shape), torch.empty(len(ids), m.q_size + 2 * m.kv_size)
+            weights = kernels.views(
+                raw_weight(self.embed), first.enorm.weight, first.hnorm.weight, raw_weight(first.eh_proj), first.norm.weight,
+                raw_weight(m.qkv_proj),
+            )  # fmt: skip
+            kernels.head_enter(*kernels.views(ids.long(), hidden.contiguous()), *weights, self.epsilon, *kernels.views(x, qkv))
+        else:
+            embedded = F.embedding(ids, self.embed.weight)
+            x = linear(first.eh_proj, torch.cat([norm(first.enorm, embedded), norm(first.hnorm, hidden)], -1))
+            qkv = linear(m.qkv_proj, norm(first.norm, x))
+        q, k, v = qkv.split([m.q_size, m.kv_size, m.kv_size], -1)
         k, v = k.view(len(x), m.num_kv_heads, m.head_dim), v.view(len(x), m.num_kv_heads, m.head_dim)
         a = m.attn
         torch.ops._C.cpu_attn_reshape_and_cache(
@@ -62,26 +92,41 @@ class Head:
         )
         return x, q.view(len(x), m.num_heads, m.head_dim)
 
-    def leave(self, x: Tensor, q: Tensor, batch: Batch) -> Tensor:
-        """From residual and queries of one token per sequence to the head's output [B, D]."""
-        x = x + linear(self.mixer.o_proj, self._attend(q, batch).view(len(x), -1))
-        return norm(self.second.final_layernorm, x + self.second.mixer(norm(self.second.norm, x)))
+    def leave(self, x: Tensor, q: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """From residual and queries of one token per sequence to the head's output [B, D], the next draft [B] and its log-probability."""
+        attended = self._attend(q, batch).view(len(x), -1)
+        if self.few(len(x)):
+            from rollout_workers.vllm_plugin import kernels
 
-    def follow(self, draft: Tensor, hidden: Tensor, batch: Batch, longest: int) -> Tensor:
-        """The output [B, D] behind one more draft of each sequence."""
+            hidden, draft, logprob = torch.empty(x.shape), torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))
+            second, moe = self.second, self.second.mixer
+            o_proj, before, after, lm_head = kernels.views(
+                raw_weight(self.mixer.o_proj), second.norm.weight, second.final_layernorm.weight, raw_weight(self.lm_head)
+            )
+            x, attended = x.contiguous(), attended.contiguous()
+            kernels.head_leave(
+                *kernels.views(x, attended), o_proj, before, *moe.weights(), after, lm_head[: self.vocab], self.epsilon,
+                *kernels.views(hidden, draft, logprob),
+            )  # fmt: skip
+            return hidden, draft, logprob
+        x = x + linear(self.mixer.o_proj, attended)
+        hidden = norm(self.second.final_layernorm, x + self.second.mixer(norm(self.second.norm, x)))
+        logits = linear(self.lm_head, hidden)[:, : self.vocab].float()
+        best, draft = logits.max(-1)
+        return hidden, draft, best - logits.logsumexp(-1)
+
+    def follow(self, draft: Tensor, hidden: Tensor, batch: Batch, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `leave` says behind one more draft of each sequence."""
         x, q = self.enter(draft, hidden, self.slots(batch, longest))
         batch.seq_lens.add_(1).clamp_(max=longest)
         return self.leave(x, q, batch)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return linear(self.lm_head, hidden)[:, : self.vocab]
-
     def slots(self, batch: Batch, longest: int) -> Tensor:
         """[B] int64: where the token at position `seq_lens` belongs; -1, which is nowhere, beyond the longest sequence."""
-        position = batch.seq_lens.long()
-        column = (position // self.block_size).clamp(max=batch.blocks.shape[1] - 1)
-        slot = batch.blocks.gather(1, column[:, None])[:, 0].long() * self.block_size + position % self.block_size
-        return torch.where(position < longest, slot, -1)
+        position, blocks = batch.seq_lens.numpy(), batch.blocks.numpy()
+        column, within = np.divmod(position, self.block_size)
+        slot = blocks[np.arange(len(position)), np.minimum(column, blocks.shape[1] - 1)] * self.block_size + within
+        return torch.from_numpy(np.where(position < longest, slot, -1).astype(np.int64))
 
     def _attend(self, q: Tensor, batch: Batch) -> Tensor:
         m, a = self.mixer, self.mixer.attn
@@ -128,29 +173,29 @@ def propose(
     # Behind the last accepted token stand rejected drafts; the next step writes over them.
     seq_lens = meta.seq_lens.clone() if num_rejected_tokens_gpu is None else meta.seq_lens - num_rejected_tokens_gpu
     batch = Batch(seq_lens=seq_lens, blocks=meta.block_table_tensor, starts=self.arange[: len(last) + 1])
-    hidden = head.leave(x[last], q[last], batch)
-    return likeliest(head, hidden, batch, k, self.max_model_len)
+    if len(last) < len(x):
+        x, q = x[last], q[last]
+    return likeliest(head, head.leave(x, q, batch), batch, k, self.max_model_len)
 
 
-def likeliest(head: Head, hidden: Tensor, batch: Batch, k: int, longest: int) -> list[list[int]]:
+def likeliest(head: Head, first: tuple[Tensor, Tensor, Tensor], batch: Batch, k: int, longest: int) -> list[list[int]]:
     """The most likely tokens of each sequence, as long as the head thinks that all of them up to here may well stand.
 
     How many there are depends on what stands before them and on nothing that is sampled later, so what is verified keeps the policy's
     distribution.
     """
-    drafts, kept = [], []
-    chance = torch.ones(len(hidden))
+    hidden, draft, logprob = first
+    drafts, counts = [draft.numpy()], np.zeros(len(hidden), np.int64)
+    chance = np.ones(len(hidden), np.float32)
     while True:
-        logits = head.logits(hidden).float()
-        best, draft = logits.max(-1)
-        chance = chance * (best - logits.logsumexp(-1)).exp()
-        drafts.append(draft)
-        kept.append(chance >= head.least_chance)
-        if len(drafts) == k or not bool(kept[-1].any()):
+        chance = chance * np.exp(logprob.numpy())
+        kept = chance >= head.least_chance
+        counts += kept  # a chance only falls, so those that are kept come first
+        if len(drafts) == k or not kept.any():
             break
-        hidden = head.follow(draft, hidden, batch, longest)
-    counts = torch.stack(kept).sum(0).tolist()  # a chance only falls, so those that are kept come first
-    return [ids[:count] for ids, count in zip(torch.stack(drafts, 1).tolist(), counts, strict=True)]
+        hidden, draft, logprob = head.follow(draft, hidden, batch, longest)
+        drafts.append(draft.numpy())
+    return [ids[:count] for ids, count in zip(np.stack(drafts, 1).tolist(), counts.tolist(), strict=True)]
 
 
 def last_tokens(self: Any, sampled: Tensor, requests: Any, batch: Any, discarded: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -1,7 +1,7 @@
 """Forgetting all cached prompts, also those of sequences that are under way.
 
-An engine whose model is attention alone keeps keys and values of prompts, so that the rollouts of a group compute theirs once. After a weight
-update they are those of the old policy. vLLM's `reset_prefix_cache` refuses while any block is in use, and an in-flight update
+An engine whose model is attention alone keeps keys and values of prompts, so that the rollouts of a group compute theirs once. After a
+weight update they are those of the old policy. vLLM's `reset_prefix_cache` refuses while any block is in use, and an in-flight update
 lets sequences keep theirs. What must end is only that others find them: here the index is emptied, and no block is touched.
 
 What a sequence under way adds to the index later cannot be found either: its prompt was sent with the old version as its salt

@@ -33,6 +33,20 @@ def verify_update(
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = C_t h_t + D x_t
     """
+    if {m.dtype for m in (state, x, dt, A, B, C, D, dt_bias, out)} == {torch.float32}:
+        from rollout_workers.vllm_plugin import kernels
+
+        tensors = (state, x, dt[..., 0], A[:, 0, 0], B, C, D[:, 0], dt_bias[:, 0], slots.int(), accepted.int(), starts.int(), out)
+        kernels.ssm_step(*kernels.views(*tensors))
+    else:
+        by_operations(state, x, dt, A, B, C, D, dt_bias, slots, accepted, starts, out)
+
+
+def by_operations(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, slots: Tensor, accepted: Tensor,
+    starts: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """The same in PyTorch's operations, for any type."""
     lengths = starts.diff()
     batch, longest = len(lengths), int(lengths.max())
     if batch * longest != len(x):  # [S, longest] index of each token; the tail of a shorter sequence repeats one that is never read

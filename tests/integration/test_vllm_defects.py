@@ -19,7 +19,7 @@ from torch import Tensor
 pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
-from rollout_workers.vllm_plugin import conv_alias, conv_update, latent_moe, mtp_dtype, sampling, seeded, ssm_update
+from rollout_workers.vllm_plugin import conv_alias, conv_update, kernel_scan, latent_moe, mtp_dtype, sampling, seeded, ssm_update
 from tests.unit.test_ssm_update import check_states
 
 pytestmark = [
@@ -197,3 +197,16 @@ def test_a_seeded_request_may_be_prefilled_in_parts(whose: str) -> None:
     runner = SimpleNamespace(input_batch=OneRequest(generator), discard_request_mask=discarded, use_async_scheduling=False)
     with pytest.raises(Reached):
         GPUModelRunner._bookkeeping_sync(runner, None, None, None, None, 0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of deprecated names among those that are looked at
+@pytest.mark.parametrize("whose", ["ours", stock("kernel_scan", AttributeError)])
+def test_an_engine_starts_where_numba_is_loaded(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search for kernels to replace takes `vars` of every attribute of every module for a dict; one of llvmlite's is none."""
+    import llvmlite.binding  # noqa: F401
+    from vllm.triton_utils import dispatcher
+
+    monkeypatch.delattr(dispatcher, "vars", raising=False)
+    if whose == "ours":
+        monkeypatch.setattr(dispatcher, "vars", kernel_scan.instance_dict, raising=False)
+    dispatcher._rebind_kernels([])

@@ -15,8 +15,8 @@ from learner.model import PolicyModel
 from rl_core.architectures import FULL_ATTENTION, has_full_attention_only
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 256, "initializer_range": 0.2, "tie_word_embeddings": True, "pad_token_id": 0,
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "tie_word_embeddings": True, "pad_token_id": 0,
 }  # fmt: skip
 
 

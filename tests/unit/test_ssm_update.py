@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from rollout_workers.vllm_plugin.ssm_update import verify_update
+from rollout_workers.vllm_plugin.ssm_update import by_operations, verify_update
 
 
 def check_states(update: Callable[..., None]) -> None:
@@ -42,5 +43,6 @@ def check_states(update: Callable[..., None]) -> None:
     torch.testing.assert_close(state, wanted_state)
 
 
-def test_each_sequence_goes_on_from_its_own_last_accepted_state() -> None:
-    check_states(verify_update)
+@pytest.mark.parametrize("update", [verify_update, by_operations])
+def test_each_sequence_goes_on_from_its_own_last_accepted_state(update: Callable[..., None]) -> None:
+    check_states(update)

@@ -1,0 +1,236 @@
+"""Compiled routines for steps of few tokens on CPU, where calling small operations costs more than what they compute.
+
+    conv_step    the Mamba convolution of decoding steps, with the roll-back of drafts       conv_update.py
+    ssm_step     the recurrent state of the same steps                                      ssm_update.py
+    moe_rows     router, chosen experts, shared experts                                     latent_moe.py
+    head_enter   the MTP head from token and hidden state to queries, keys and values       mtp_draft.py
+    head_leave   the MTP head from attention to the next draft and its log-probability      mtp_draft.py
+
+One token of a small model takes some fifty PyTorch operations where one routine does. What each computes is written out in the module
+that calls it, in PyTorch, which also serves what these do not: other types than float32, many tokens, unusual shapes.
+
+Signatures are given, so that all is compiled when this is imported, and nothing later: by an engine's first step, ten seconds or so, and
+two once numba has it on disk. Nobody else imports this.
+`[:, ::1]` is contiguous, `[:, :]` may be a view. Sums may be reordered, so that they use vector instructions; nothing else is relaxed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import b1, f4, i4, i8, void
+from torch import Tensor
+
+SOFTPLUS_LINEAR = np.float32(20.0)
+"""Above it softplus(x) is x, as in PyTorch."""
+
+
+def compiled(signature: Any = None) -> Any:
+    options = {"cache": True, "nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+    return numba.njit(signature, **options) if signature is not None else numba.njit(**options)
+
+
+def views(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The same memory as NumPy arrays. None, which `raw_weight` may say, is an error: its callers have asked before."""
+    return tuple(t.detach().numpy() for t in tensors)  # type: ignore[union-attr]
+
+
+# --- Mamba-2, drafts included -----------------------------------------------------------------------------------------
+
+
+@compiled(void(f4[:, :], f4[:, :, :], f4[:, :], f4[:], b1, i4[:], i4[:], i4[:], f4[:, ::1]))
+def conv_step(x, state, weight, bias, silu, slots, accepted, starts, out):  # type: ignore[no-untyped-def]
+    """x [T, D], state [slots, D, W - 1 + k] updated, weight [D, W], bias [D], slots and accepted [S], starts [S + 1], out [T, D]."""
+    dim, width = weight.shape
+    window = np.empty(width - 1 + state.shape[2] + 1, np.float32)
+    for s in range(len(slots)):
+        begin, count = starts[s], starts[s + 1] - starts[s]
+        if count == 0:
+            continue
+        offset = max(accepted[s] - 1, 0)
+        for d in range(dim):
+            held = state[slots[s], d]
+            for i in range(width - 1):
+                window[i] = held[offset + i]
+            for j in range(count):
+                window[width - 1 + j] = x[begin + j, d]
+            for j in range(count):
+                total = bias[d]
+                for i in range(width):
+                    total += window[j + i] * weight[d, i]
+                out[begin + j, d] = total / (np.float32(1) + np.exp(-total)) if silu else total
+            for i in range(width - 2 + count):
+                held[i] = window[1 + i]
+
+
+@compiled(void(f4[:, :, :, :], f4[:, :, :], f4[:, :], f4[:], f4[:, :, :], f4[:, :, :], f4[:], f4[:], i4[:, :], i4[:], i4[:], f4[:, :, :]))
+def ssm_step(state, x, dt, A, B, C, D, dt_bias, slots, accepted, starts, out):  # type: ignore[no-untyped-def]
+    """state [slots, H, P, N] updated, x [T, H, P], dt [T, H], A, D and dt_bias [H], B and C [T, G, N], slots [S, 1 + k], accepted [S],
+    starts [S + 1], out [T, H, P] written."""
+    _, heads, size, width = state.shape
+    per_group = heads // B.shape[1]
+    now = np.empty((size, width), np.float32)
+    b, c = np.empty(width, np.float32), np.empty(width, np.float32)
+    for s in range(len(slots)):
+        begin, count = starts[s], starts[s + 1] - starts[s]
+        if count == 0:
+            continue
+        source = slots[s, max(accepted[s] - 1, 0)]
+        for h in range(heads):
+            for p in range(size):
+                for n in range(width):
+                    now[p, n] = state[source, h, p, n]
+            for j in range(count):
+                t, target = begin + j, slots[s, j]
+                step = dt[t, h] + dt_bias[h]
+                if step <= SOFTPLUS_LINEAR:
+                    step = np.log1p(np.exp(step))
+                decay = np.exp(step * A[h])
+                for n in range(width):
+                    b[n], c[n] = B[t, h // per_group, n], C[t, h // per_group, n]
+                for p in range(size):
+                    add, y = step * x[t, h, p], np.float32(0)
+                    for n in range(width):
+                        value = now[p, n] * decay + add * b[n]
+                        now[p, n] = value
+                        y += value * c[n]
+                    out[t, h, p] = y + D[h] * x[t, h, p]
+                for p in range(size):
+                    for n in range(width):
+                        state[target, h, p, n] = now[p, n]
+
+
+# --- products with weights --------------------------------------------------------------------------------------------
+
+
+@compiled()
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@compiled()
+def _linear(x, weight, out):  # type: ignore[no-untyped-def]
+    """out [T, N] = x [T, K] weight [N, K]^T; a row of the weight is read once for all tokens."""
+    for n in range(len(weight)):
+        row = weight[n]
+        for t in range(len(x)):
+            out[t, n] = _dot(x[t], row)
+
+
+@compiled()
+def _norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
+    """RMSNorm of rows [T, K]."""
+    for t in range(len(x)):
+        scale = np.float32(1) / np.sqrt(_dot(x[t], x[t]) / np.float32(x.shape[1]) + epsilon)
+        for i in range(x.shape[1]):
+            out[t, i] = x[t, i] * scale * weight[i]
+
+
+@compiled()
+def _relu_squared(x):  # type: ignore[no-untyped-def]
+    for t in range(len(x)):
+        for i in range(x.shape[1]):
+            positive = max(x[t, i], np.float32(0))
+            x[t, i] = positive * positive
+
+
+@compiled()
+def _moe(x, gate, bias, top_k, normalise, scale, fc1, up, down, fc2, shared_up, shared_down, out):  # type: ignore[no-untyped-def]
+    """x [T, D], gate [E, D], bias [E], fc1 [L, D], up [E, I, L], down [L, E, I], fc2 [D, L], shared_up [S, D], shared_down [D, S], out.
+
+    out is [T, D]. S may be 0. Of experts that are equally good, the first is chosen.
+    """
+    count, experts = len(x), len(gate)
+    latent, inner = len(fc1), up.shape[1]
+    scores = np.empty((count, experts), np.float32)
+    _linear(x, gate, scores)
+    z, mixed = np.empty((count, latent), np.float32), np.zeros((count, latent), np.float32)
+    _linear(x, fc1, z)
+    choice, h = np.empty(experts, np.float32), np.empty(inner, np.float32)
+    chosen, weights = np.empty(top_k, np.int64), np.empty(top_k, np.float32)
+    for t in range(count):
+        for e in range(experts):
+            scores[t, e] = np.float32(1) / (np.float32(1) + np.exp(-scores[t, e]))
+            choice[e] = scores[t, e] + bias[e]
+        total = np.float32(0)
+        for k in range(top_k):
+            best = 0
+            for e in range(experts):
+                if choice[e] > choice[best]:
+                    best = e
+            chosen[k], weights[k] = best, scores[t, best]
+            total += scores[t, best]
+            choice[best] = -np.inf
+        for k in range(top_k):
+            e = chosen[k]
+            share = weights[k] * scale / (total + np.float32(1e-20)) if normalise else weights[k] * scale
+            for i in range(inner):
+                positive = max(_dot(z[t], up[e, i]), np.float32(0))
+                h[i] = positive * positive * share
+            for i in range(latent):
+                mixed[t, i] += _dot(h, down[i, e])
+    _linear(mixed, fc2, out)
+    if len(shared_up):
+        inside, outside = np.empty((count, len(shared_up)), np.float32), np.empty_like(out)
+        _linear(x, shared_up, inside)
+        _relu_squared(inside)
+        _linear(inside, shared_down, outside)
+        out += outside
+
+
+_MOE = (f4[:, ::1], f4[::1], i8, b1, f4, f4[:, ::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1])
+
+
+@compiled(void(f4[:, ::1], *_MOE, f4[:, ::1]))
+def moe_rows(x, gate, bias, top_k, normalise, scale, fc1, up, down, fc2, shared_up, shared_down, out):  # type: ignore[no-untyped-def]
+    _moe(x, gate, bias, top_k, normalise, scale, fc1, up, down, fc2, shared_up, shared_down, out)
+
+
+# --- the MTP head -----------------------------------------------------------------------------------------------------
+
+
+@compiled(void(i8[:], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[::1], f4[:, ::1], f4, f4[:, ::1], f4[:, ::1]))
+def head_enter(ids, hidden, embedding, enorm, hnorm, eh_proj, norm, qkv_proj, epsilon, x, qkv):  # type: ignore[no-untyped-def]
+    """Tokens [T] and hidden states [T, D] -> residual x [T, D] and qkv [T, Q + 2 K], both written."""
+    count, dim = hidden.shape
+    both, normed, token = np.empty((count, 2 * dim), np.float32), np.empty((count, dim), np.float32), np.empty((count, dim), np.float32)
+    for t in range(count):
+        token[t] = embedding[ids[t]]
+    _norm(token, enorm, epsilon, normed)
+    both[:, :dim] = normed
+    _norm(hidden, hnorm, epsilon, normed)
+    both[:, dim:] = normed
+    _linear(both, eh_proj, x)
+    _norm(x, norm, epsilon, normed)
+    _linear(normed, qkv_proj, qkv)
+
+
+@compiled(void(f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], *_MOE, f4[::1], f4[:, ::1], f4, f4[:, ::1], i8[::1], f4[::1]))
+def head_leave(  # type: ignore[no-untyped-def]
+    x, attended, o_proj, norm, gate, bias, top_k, normalise, scale, fc1, up, down, fc2, shared_up, shared_down, final_norm, lm_head,
+    epsilon, hidden, draft, logprob,
+):  # fmt: skip
+    """Residual x [T, D] (spoilt) and attention [T, Q] -> hidden [T, D], most likely token [T] and its log-probability [T], written."""
+    normed, moved = np.empty_like(x), np.empty_like(x)
+    _linear(attended, o_proj, moved)
+    x += moved
+    _norm(x, norm, epsilon, normed)
+    _moe(normed, gate, bias, top_k, normalise, scale, fc1, up, down, fc2, shared_up, shared_down, moved)
+    x += moved
+    _norm(x, final_norm, epsilon, hidden)
+    logits = np.empty((len(x), len(lm_head)), np.float32)
+    _linear(hidden, lm_head, logits)
+    for t in range(len(x)):
+        best = 0
+        for v in range(len(lm_head)):
+            if logits[t, v] > logits[t, best]:
+                best = v
+        total = np.float32(0)
+        for v in range(len(lm_head)):
+            total += np.exp(logits[t, v] - logits[t, best])
+        draft[t], logprob[t] = best, -np.log(total)

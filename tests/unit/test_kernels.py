@@ -1,0 +1,157 @@
+"""The compiled routines for few tokens compute what the modules that call them say in PyTorch's operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rollout_workers.vllm_plugin import conv_update, kernels, ssm_update
+from rollout_workers.vllm_plugin.latent_moe import Routing, dense_experts, route
+from rollout_workers.vllm_plugin.mtp_draft import Batch, likeliest
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+LENGTHS = [[3, 3, 3], [3, 1, 2], [1], [2, 5, 1, 4], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_convolution(lengths: list[int], activation: str | None) -> None:
+    k, dim, width = 4, 20, 4
+    tokens, count = sum(lengths), len(lengths)
+    x = randn(tokens, dim + 7)[:, 3 : 3 + dim]  # a view, as in the layer
+    state = randn(9, width - 1 + k, dim).transpose(1, 2)
+    slots = torch.randperm(9, generator=torch.Generator().manual_seed(1))[:count, None].int().expand(-1, 1 + k)
+    accepted = torch.arange(count).remainder(1 + k).add(1).int()
+    starts = torch.tensor([0, *np.cumsum(lengths)]).int()
+    fixed = (randn(dim, width), randn(dim), activation)
+    states = [state.clone(), state.clone()]
+    got = conv_update.causal_conv1d_update(
+        x, states[0], *fixed, conv_state_indices=slots, num_accepted_tokens=accepted, query_start_loc=starts
+    )
+    wanted = conv_update.by_operations(x, states[1], *fixed[:2], bool(activation), slots, accepted, starts)
+    torch.testing.assert_close(got, wanted)
+    for s, length in enumerate(lengths):  # of a shorter sequence, what stands behind is never read
+        torch.testing.assert_close(*(states[i][slots[s, 0], :, : width - 2 + length] for i in (0, 1)))
+    others = [i for i in range(9) if i not in slots[:, 0].tolist()]
+    assert torch.equal(states[0][others], state[others])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_recurrent_state(lengths: list[int], groups: int) -> None:
+    heads, size, width, k = 4, 8, 6, 4
+    tokens, count = sum(lengths), len(lengths)
+    state = randn(40, heads, size, width)
+    packed = randn(tokens, heads * size + 2 * groups * width)
+    x, b, c = packed.split([heads * size, groups * width, groups * width], -1)  # views, as in the layer
+    dt = 30 * randn(tokens, heads)[..., None].expand(-1, -1, size)  # far into where softplus is linear
+    decay, skip, bias = -randn(heads).abs(), randn(heads, seed=1), randn(heads, seed=2)
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(2))[: count * (1 + k)].view(count, 1 + k).int()
+    accepted = torch.arange(count).remainder(1 + k).add(1).int()
+    starts = torch.tensor([0, *np.cumsum(lengths)]).int()
+    states, outs = [state.clone(), state.clone()], [torch.zeros(tokens, heads, size), torch.zeros(tokens, heads, size)]
+    for i, update in enumerate((ssm_update.verify_update, ssm_update.by_operations)):
+        update(
+            states[i], x.view(tokens, heads, size), dt, decay[:, None, None].expand(-1, size, width), b.view(tokens, groups, width),
+            c.view(tokens, groups, width), skip[:, None].expand(-1, size), bias[:, None].expand(-1, size), slots, accepted, starts, outs[i],
+        )  # fmt: skip
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(states[0], states[1], atol=1e-4, rtol=1e-5)
+
+
+EXPERTS, INNER, LATENT, DIM, SHARED = 12, 10, 16, 24, 14
+MOE = {
+    "gate": randn(EXPERTS, DIM), "bias": randn(EXPERTS, seed=1), "fc1": randn(LATENT, DIM), "up": randn(EXPERTS, INNER, LATENT),
+    "down": randn(LATENT, EXPERTS, INNER), "fc2": randn(DIM, LATENT), "shared_up": randn(SHARED, DIM), "shared_down": randn(DIM, SHARED),
+}  # fmt: skip
+
+
+def moe_by_operations(x: Tensor, routing: Routing, shared: int) -> Tensor:
+    weight, index = route(x, MOE["gate"], MOE["bias"], routing)
+    out = F.linear(dense_experts(F.linear(x, MOE["fc1"]), MOE["up"], MOE["down"], weight, index), MOE["fc2"])
+    return out + F.linear(F.relu(F.linear(x, MOE["shared_up"][:shared])).square(), MOE["shared_down"][:, :shared].contiguous())
+
+
+def arguments(routing: Routing, shared: int = SHARED) -> tuple[Any, ...]:
+    gate, bias, *others = kernels.views(*(MOE[name] for name in ("gate", "bias", "fc1", "up", "down", "fc2")))
+    rest = kernels.views(MOE["shared_up"][:shared], MOE["shared_down"][:, :shared].contiguous())
+    return gate, bias, routing.num_experts_per_tok, routing.norm_topk_prob, routing.routed_scaling_factor, *others, *rest
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("top_k", "shared"), [(1, SHARED), (3, SHARED), (3, 0)])
+def test_mixture_of_experts(tokens: int, normalise: bool, top_k: int, shared: int) -> None:
+    routing = Routing(n_group=1, topk_group=1, num_experts_per_tok=top_k, norm_topk_prob=normalise, routed_scaling_factor=1.5)
+    x, out = randn(tokens, DIM), torch.empty(tokens, DIM)
+    kernels.moe_rows(x.numpy(), *arguments(routing, shared), out.numpy())
+    torch.testing.assert_close(out, moe_by_operations(x, routing, shared), atol=1e-3, rtol=1e-4)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_both_halves_of_the_head(tokens: int) -> None:
+    vocab, queries, qkv_size = 50, 8, 20
+    routing = Routing(n_group=1, topk_group=1, num_experts_per_tok=2, norm_topk_prob=True, routed_scaling_factor=1.0)
+    embedding, eh, qkv, o, lm_head = (
+        randn(vocab, DIM),
+        randn(DIM, 2 * DIM),
+        randn(qkv_size, DIM),
+        randn(DIM, queries),
+        randn(vocab, DIM, seed=3),
+    )
+    norms = [1 + 0.1 * randn(DIM, seed=i) for i in range(5)]
+    ids, hidden, attended = torch.arange(tokens) * 7 % vocab, randn(tokens, DIM, seed=4), randn(tokens, queries)
+    x, found = torch.empty(tokens, DIM), torch.empty(tokens, qkv_size)
+    kernels.head_enter(*kernels.views(ids, hidden, embedding, norms[0], norms[1], eh, norms[2], qkv), 1e-5, x.numpy(), found.numpy())
+    wanted = torch.cat([rms_norm(embedding[ids], norms[0]), rms_norm(hidden, norms[1])], -1) @ eh.T
+    torch.testing.assert_close(x, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, rms_norm(wanted, norms[2]) @ qkv.T, atol=1e-4, rtol=1e-4)
+
+    after, draft, logprob = torch.empty(tokens, DIM), torch.empty(tokens, dtype=torch.int64), torch.empty(tokens)
+    kernels.head_leave(
+        *kernels.views(x.clone(), attended, o, norms[3]), *arguments(routing), *kernels.views(norms[4], lm_head), 1e-5,
+        *kernels.views(after, draft, logprob),
+    )  # fmt: skip
+    middle = x + attended @ o.T
+    wanted = rms_norm(middle + moe_by_operations(rms_norm(middle, norms[3]), routing, SHARED), norms[4])
+    torch.testing.assert_close(after, wanted, atol=1e-3, rtol=1e-4)
+    best, chosen = (wanted @ lm_head.T).log_softmax(-1).max(-1)
+    assert torch.equal(draft, chosen)
+    torch.testing.assert_close(logprob, best, atol=1e-3, rtol=1e-4)
+
+
+class Drafts:
+    """A head whose drafts and their chances are written down."""
+
+    def __init__(self, chances: list[list[float]], least_chance: float) -> None:
+        self.chances, self.least_chance, self.asked = chances, least_chance, 0
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor]:
+        self.asked += 1
+        chances = torch.tensor(self.chances[self.asked - 1])
+        return torch.zeros(len(chances), 4), torch.full((len(chances),), 10 + self.asked), chances.log()
+
+    def follow(self, draft: Tensor, hidden: Tensor, batch: Batch, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+        assert (draft == 10 + self.asked).all()
+        return self.next()
+
+
+def test_drafts_that_hardly_stand_are_dropped_with_those_behind_them_and_no_more_are_made() -> None:
+    head = Drafts([[0.9, 0.5, 0.2], [0.9, 0.5, 1.0], [0.9, 1.0, 1.0], [0.1, 1.0, 1.0], [1.0] * 3], least_chance=0.3)
+    assert likeliest(head, head.next(), None, 8, 99) == [[11, 12, 13], [11], []]  # type: ignore[arg-type]
+    assert head.asked == 4
+    head = Drafts([[0.1, 0.5], [0.1, 0.5]], least_chance=0.0)
+    assert likeliest(head, head.next(), None, 2, 99) == [[11, 12], [11, 12]]  # type: ignore[arg-type]
