@@ -5,6 +5,7 @@
     moe_rows     router, chosen experts, shared experts                                     latent_moe.py
     head_enter   the MTP head from token and hidden state to queries, keys and values       mtp_draft.py
     head_leave   the MTP head from attention to the next draft and its log-probability      mtp_draft.py
+    verify_rows  which drafts stand, and the token behind them                               rejection.py
 
 One token of a small model takes some fifty PyTorch operations where one routine does. What each computes is written out in the module
 that calls it, in PyTorch, which also serves what these do not: other types than float32, many tokens, unusual shapes.
@@ -20,7 +21,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import b1, f4, i4, i8, void
+from numba import b1, f4, f8, i4, i8, void
 from torch import Tensor
 
 SOFTPLUS_LINEAR = np.float32(20.0)
@@ -234,3 +235,52 @@ def head_leave(  # type: ignore[no-untyped-def]
         for v in range(len(lm_head)):
             total += np.exp(logits[t, v] - logits[t, best])
         draft[t], logprob[t] = best, -np.log(total)
+
+
+# --- verification -----------------------------------------------------------------------------------------------------
+
+
+@compiled(void(f4[:, ::1], f4[:], i8[:], i8[:], f8[:], f4[:, ::1], i8[:, ::1], f4[:, ::1], i8[:, ::1]))
+def verify_rows(logits, temperature, drafts, counts, uniform, noise, tokens, logprobs, ranks):  # type: ignore[no-untyped-def]
+    """logits [N, V], temperature [S] with 0 for the most likely token, drafts and uniform [N - S], counts [S] of rows, noise [S, V].
+
+    Written up to each sequence's last token: tokens, logprobs and ranks [S, longest]. Rows behind a refused draft are not looked at."""
+    vocab, row, draft = logits.shape[1], 0, 0
+    for s in range(len(counts)):
+        greedy = temperature[s] == 0
+        scale = np.float32(1) if greedy else np.float32(1) / temperature[s]
+        for j in range(counts[s]):
+            here = logits[row + j]
+            best = 0
+            for v in range(vocab):
+                if here[v] > here[best]:
+                    best = v
+            total = np.float32(0)
+            for v in range(vocab):
+                total += np.exp((here[v] - here[best]) * scale)
+            log_total = np.log(total)
+            refused, token = -1, -1
+            if j < counts[s] - 1:
+                drafted = drafts[draft + j]
+                chance = np.exp((here[drafted] - here[best]) * scale - log_total)
+                if (drafted == best) if greedy else (uniform[draft + j] < np.float64(chance)):
+                    token = drafted
+                else:
+                    refused = drafted
+            stands = token >= 0
+            if not stands and greedy:
+                token = best
+            elif not stands:
+                most = np.float32(-1)
+                for v in range(vocab):
+                    weight = np.exp((here[v] - here[best]) * scale) / noise[s, v]
+                    if v != refused and weight > most:
+                        token, most = v, weight
+            tokens[s, j], logprobs[s, j] = token, (here[token] - here[best]) * scale - log_total
+            rank = 0
+            for v in range(vocab):
+                rank += here[v] >= here[token]
+            ranks[s, j] = rank
+            if not stands:
+                break
+        row, draft = row + counts[s], draft + counts[s] - 1

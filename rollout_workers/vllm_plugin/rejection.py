@@ -72,6 +72,8 @@ def forward(metadata: Any, logits: Tensor, sampling: Any) -> Any:
 
     counts = torch.tensor(metadata.num_draft_tokens) + 1
     logits = logits.float()
+    if not (sampling.all_greedy or sampling.generators) and sampling.top_k is None is sampling.top_p:
+        return by_kernel(metadata, logits, sampling, counts)
     greedy = torch.ones(len(counts), dtype=torch.bool) if sampling.all_greedy else None
     if not sampling.all_greedy:
         if not sampling.all_random:
@@ -93,6 +95,23 @@ def forward(metadata: Any, logits: Tensor, sampling: Any) -> Any:
         flat, there = tokens.clamp(min=0).flatten(), logprobs[rows.flatten()]
         chosen = there.gather(1, flat[:, None])
         tensors = LogprobsTensors(flat[:, None].int(), chosen, (there >= chosen).sum(-1))
+    return SamplerOutput(sampled_token_ids=tokens.int(), logprobs_tensors=tensors)
+
+
+def by_kernel(metadata: Any, logits: Tensor, sampling: Any, counts: Tensor) -> Any:
+    """`forward` where temperature is all that is asked for, as for nearly all rollouts: only rows that matter are read."""
+    from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+
+    from rollout_workers.vllm_plugin import kernels
+
+    uniform, noise = randomness(metadata.num_draft_tokens, logits.shape[1], {})
+    shape = len(counts), int(counts.max())
+    tokens, logprobs, ranks = torch.full(shape, REJECTED), torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
+    drafts = metadata.draft_token_ids.long()
+    kernels.verify_rows(*kernels.views(logits.contiguous(), sampling.temperature, drafts, counts, uniform, noise, tokens, logprobs, ranks))
+    tensors = None
+    if sampling.max_num_logprobs is not None:
+        tensors = LogprobsTensors(tokens.clamp(min=0).view(-1, 1).int(), logprobs.view(-1, 1), ranks.view(-1))
     return SamplerOutput(sampled_token_ids=tokens.int(), logprobs_tensors=tensors)
 
 

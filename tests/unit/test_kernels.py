@@ -13,6 +13,7 @@ from torch import Tensor
 from rollout_workers.vllm_plugin import conv_update, kernels, ssm_update
 from rollout_workers.vllm_plugin.latent_moe import Routing, dense_experts, route
 from rollout_workers.vllm_plugin.mtp_draft import Batch, likeliest
+from rollout_workers.vllm_plugin.rejection import verify
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -131,6 +132,27 @@ def test_both_halves_of_the_head(tokens: int) -> None:
     best, chosen = (wanted @ lm_head.T).log_softmax(-1).max(-1)
     assert torch.equal(draft, chosen)
     torch.testing.assert_close(logprob, best, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_verification(seed: int) -> None:
+    vocab, num_drafts, temperature = 40, [2, 0, 4, 1, 3], torch.tensor([1.0, 0.7, 1.0, 0.0, 2.0])
+    counts = torch.tensor(num_drafts) + 1
+    logits, drafts = 2 * randn(int(counts.sum()), vocab, seed=seed), torch.randint(0, 3, (sum(num_drafts),))
+    logits[:, :3] += 4  # so that some stand
+    drafts[6] = logits[9].argmax() if seed % 2 else 39  # of the greedy sequence
+    uniform = torch.rand(sum(num_drafts), dtype=torch.float64)
+    noise = torch.empty(5, vocab).exponential_()
+    scaled = logits / torch.where(temperature == 0, 1, temperature).repeat_interleave(counts)[:, None]
+    wanted, rows = verify(scaled.log_softmax(-1), drafts, counts, temperature == 0, uniform, noise)
+    tokens, logprobs, ranks = torch.full((5, 5), -1), torch.zeros(5, 5), torch.zeros(5, 5, dtype=torch.int64)
+    kernels.verify_rows(*kernels.views(logits, temperature, drafts, counts, uniform, noise, tokens, logprobs, ranks))
+    assert torch.equal(tokens, wanted)
+    stands = tokens >= 0
+    there = scaled.log_softmax(-1)[rows][stands]
+    chosen = there.gather(1, tokens[stands][:, None])
+    torch.testing.assert_close(logprobs[stands], chosen[:, 0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(ranks[stands], (there >= chosen).sum(-1))
 
 
 class Drafts:
