@@ -226,25 +226,31 @@ MOST_PROMPT = 512
 """Prompt tokens beyond which a step is not counted: reading a long document is another kind of work."""
 
 
+IDLE_S = 0.005
+"""Between two steps; after more, the engine had nothing to do."""
+
+
 def watch(scheduler: Any, chooser: AutoK) -> None:
     """Let `chooser` decide for one vLLM scheduler, and see what comes of it."""
     schedule, update = scheduler.schedule, scheduler.update_from_output
-    began, before = 0.0, -1
+    began, ended, before = 0.0, 0.0, -1
 
     def timed_schedule(*args: Any, **kwargs: Any) -> Any:
         nonlocal began
-        began = time.perf_counter()
+        now = time.perf_counter()
+        began = ended if now - ended < IDLE_S else now  # what the engine does between two steps belongs to a step
         return schedule(*args, **kwargs)
 
     def watched_update(planned: Any, output: Any) -> Any:
-        nonlocal before
+        nonlocal before, ended
         done = update(planned, output)
+        ended = time.perf_counter()
         k, (decoding, prompt) = planned.num_spec_tokens_to_schedule, split(planned)
         if k == before and prompt <= MOST_PROMPT and 2 * len(decoding) >= len(planned.num_scheduled_tokens) > 0:
             outputs = [one for client in done.values() for one in client.outputs]
             brought = [len(one.new_token_ids) for one in outputs if one.request_id in decoding]
             if brought:
-                chooser.record(len(planned.num_scheduled_tokens), k, brought, time.perf_counter() - began, prompt=prompt)
+                chooser.record(len(planned.num_scheduled_tokens), k, brought, ended - began, prompt=prompt)
         before = k
         return done
 

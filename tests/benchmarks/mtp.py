@@ -41,8 +41,8 @@ SETTINGS = {
     "on": {"speculative_tokens": 2, "auto_k": False},
     "auto": {"speculative_tokens": 4, "auto_k": True},
 }
-LEARNING = 1
-"""Repetitions' worth of answers at each batch size from which the choosing engine learns before it is measured."""
+LEARNING = 2
+"""Repetitions' worth of answers at each batch size from which the choosing engine learns before it is measured: some 100 steps."""
 REPETITIONS = 3
 
 

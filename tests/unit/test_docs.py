@@ -392,5 +392,6 @@ def test_a_page_that_would_load_something_from_elsewhere_is_an_error() -> None:
 
 def test_the_configs_that_ship_are_right() -> None:
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        load_config(path)
+        imported = path.name.startswith("smollm2")  # its model is made by a command that needs a network
+        load_config(path, ["model.path=configs/models/seed"] if imported else [])
     assert os.access(ROOT / ".ci/run", os.X_OK)
