@@ -17,6 +17,7 @@ two once numba has it on disk. Nobody else imports this.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -29,8 +30,17 @@ SOFTPLUS_LINEAR = np.float32(20.0)
 
 
 def compiled(signature: Any = None) -> Any:
-    options = {"cache": True, "nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
-    return numba.njit(signature, **options) if signature is not None else numba.njit(**options)
+    """Compile a function, and keep it on disk beside this file or in the user's cache; if neither can be written, at each start anew."""
+    given = () if signature is None else (signature,)
+    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+
+    def compile_and_keep(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(*given, cache=True, **options)(function)
+        except RuntimeError:  # "no locator available", as numba says
+            return numba.njit(*given, **options)(function)
+
+    return compile_and_keep
 
 
 def views(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -271,7 +281,7 @@ def verify_rows(logits, temperature, drafts, counts, uniform, noise, tokens, log
             if not stands and greedy:
                 token = best
             elif not stands:
-                most = np.float32(-1)
+                token, most = best, np.float32(-1)  # some token also where nothing is a number: a step must bring one
                 for v in range(vocab):
                     weight = np.exp((here[v] - here[best]) * scale) / noise[s, v]
                     if v != refused and weight > most:

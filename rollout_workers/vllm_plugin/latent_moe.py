@@ -113,7 +113,7 @@ class CpuLatentMoE(nn.Module):
             self.fc1_latent_proj = nn.Linear(hidden, latent, bias=config.mlp_bias)
             self.fc2_latent_proj = nn.Linear(latent, hidden, bias=config.mlp_bias)
         self.experts = Experts(experts, latent, config.moe_intermediate_size)
-        shared = config.moe_shared_expert_intermediate_size * config.n_shared_experts
+        shared = config.moe_shared_expert_intermediate_size * config.n_shared_experts if config.n_shared_experts else 0
         self.operations = (
             hidden * (experts + 2 * latent + 2 * shared) + 2 * config.num_experts_per_tok * latent * config.moe_intermediate_size
         )

@@ -51,18 +51,13 @@ class Head:
         blocks, heads, size, _ = self.mixer.attn.kv_cache.shape
         assert size == block_size, f"attention blocks of {size} tokens, drafts placed in blocks of {block_size}"
         self.keys, self.values = self.mixer.attn.kv_cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
-        layers = (self.embed, self.lm_head, first.eh_proj, self.mixer.qkv_proj, self.mixer.o_proj)
-        moe = second.mixer
-        import os
-
-        self.is_compiled = os.environ.get("NOHEAD") != "1" and (
-            getattr(moe, "is_compiled", False)
-            and all(layer.weight.dtype == torch.float32 and layer.weight.numel() for layer in layers)
-            and all(getattr(layer, "bias", None) is None for layer in layers)
-        )
+        layers, moe = (self.embed, self.lm_head, first.eh_proj, self.mixer.qkv_proj, self.mixer.o_proj), second.mixer
+        weights = [raw_weight(layer) for layer in layers if getattr(layer, "bias", None) is None]  # `layer.weight` is empty where packed
+        known = [weight for weight in weights if weight is not None]
+        self.is_compiled = len(known) == len(layers) and getattr(moe, "is_compiled", False)
         """Whether kernels.py serves it, for few tokens."""
-        self.operations = sum(layer.weight.numel() for layer in layers[1:]) + getattr(moe, "operations", 0)
-        """Multiply-adds per token."""
+        self.operations = sum(weight.numel() for weight in known[1:]) + getattr(moe, "operations", 0)
+        """Multiply-adds per token, where it does; an embedding has none."""
         self.epsilon = first.norm.variance_epsilon
 
     def few(self, count: int) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -11,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rollout_workers.vllm_plugin import conv_update, kernels, ssm_update
-from rollout_workers.vllm_plugin.latent_moe import Routing, dense_experts, route
-from rollout_workers.vllm_plugin.mtp_draft import Batch, likeliest
+from rollout_workers.vllm_plugin.latent_moe import FEW_OPERATIONS, Routing, dense_experts, route
+from rollout_workers.vllm_plugin.mtp_draft import Batch, Head, likeliest
 from rollout_workers.vllm_plugin.rejection import verify
 
 
@@ -132,6 +135,63 @@ def test_both_halves_of_the_head(tokens: int) -> None:
     best, chosen = (wanted @ lm_head.T).log_softmax(-1).max(-1)
     assert torch.equal(draft, chosen)
     torch.testing.assert_close(logprob, best, atol=1e-3, rtol=1e-4)
+
+
+def layer(weight: Tensor, *, packed: bool) -> SimpleNamespace:
+    """A layer of vLLM's, which lets go of its weight where it has packed it."""
+    return SimpleNamespace(weight=torch.empty(0), polyrl_raw_weight=weight) if packed else SimpleNamespace(weight=weight)
+
+
+def model_of(dim: int, vocab: int, *, is_compiled: bool = True, bias: Tensor | None = None) -> SimpleNamespace:
+    """As much of vLLM's NemotronHMTP as `Head` looks at when it is made: two heads of 4, one of keys and values."""
+    attention = SimpleNamespace(
+        attn=SimpleNamespace(kv_cache=torch.zeros(3, 1, 8, 8)), qkv_proj=layer(randn(16, dim), packed=True),
+        o_proj=layer(randn(dim, 8), packed=True),
+    )  # fmt: skip
+    attention.o_proj.bias = bias
+    first = SimpleNamespace(mixer=attention, eh_proj=layer(randn(dim, 2 * dim), packed=True), norm=SimpleNamespace(variance_epsilon=1e-5))
+    second = SimpleNamespace(mixer=SimpleNamespace(is_compiled=is_compiled, operations=1000))
+    layers, embed = {"0": first, "1": second}, layer(randn(vocab, dim), packed=False)
+    return SimpleNamespace(
+        model=SimpleNamespace(layers=layers, embed_tokens=embed), lm_head=layer(randn(vocab, dim), packed=False),
+        config=SimpleNamespace(vocab_size=vocab),
+    )  # fmt: skip
+
+
+def test_the_head_is_compiled_where_vllm_has_packed_its_weights_and_let_go_of_them() -> None:
+    head = Head(model_of(24, 50), 8, torch.float32, False, 0.0)
+    assert head.is_compiled
+    assert head.operations == 50 * 24 + 24 * 48 + 16 * 24 + 24 * 8 + 1000
+    assert head.few(1)
+    assert not head.few(FEW_OPERATIONS // head.operations + 1)
+
+
+def test_a_head_with_a_bias_or_other_experts_is_left_to_operations() -> None:
+    assert not Head(model_of(24, 50, bias=torch.zeros(24)), 8, torch.float32, False, 0.0).few(1)
+    assert not Head(model_of(24, 50, is_compiled=False), 8, torch.float32, False, 0.0).few(1)
+
+
+def test_without_a_place_to_keep_them_they_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator available"):
+        numba.njit(cache=True)(abs_difference)
+    assert kernels.compiled(numba.float64(numba.float64, numba.float64))(abs_difference)(2.0, 5.0) == 3.0
+
+
+def abs_difference(one: float, other: float) -> float:
+    return abs(one - other)
+
+
+@pytest.mark.parametrize("broken", [[3], range(8)])
+def test_verification_brings_a_token_also_where_logits_are_no_numbers(broken: Sequence[int]) -> None:
+    """A sequence that got none would be asked again for ever. Its logprob says what is wrong."""
+    logits, tokens, logprobs, ranks = randn(3, 8), torch.full((1, 3), -1), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.int64)
+    logits[0, list(broken)] = torch.nan
+    dice = torch.rand(2, dtype=torch.float64), torch.empty(1, 8).exponential_()
+    kernels.verify_rows(*kernels.views(logits, torch.ones(1), torch.tensor([1, 2]), torch.tensor([3]), *dice, tokens, logprobs, ranks))
+    assert 0 <= int(tokens[0, 0]) < 8
+    assert tokens[0, 1:].tolist() == [-1, -1]
+    assert bool(logprobs[0, 0].isnan())
 
 
 @pytest.mark.parametrize("seed", range(6))
