@@ -103,7 +103,7 @@ def validate(config: RunConfig) -> None:
     if not Path(c.model.path, "config.json").is_file():
         raise ConfigError(
             f"model.path: no checkpoint in {c.model.path!r} (config.json is missing); give the folder of a Hugging Face checkpoint, "
-            f"or make the small one with `polyrl model seed`"
+            f"or make one with `polyrl model seed` or `polyrl model import smollm2`"
         )
 
 
