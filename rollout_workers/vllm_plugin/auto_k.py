@@ -151,7 +151,7 @@ class AutoK:
         usual = bucket.usual(k)
         if prompt and usual:
             self.prompt.add(prompt, min(seconds - usual, 2 * usual + self.prompt.slope * prompt))
-        seconds = max(seconds - self.prompt.slope * prompt, 0.0)
+        seconds = max(seconds - self.prompt.slope * prompt, seconds / 4)
         (bucket.steps if bucket.trial is None else bucket.trial_steps).append(seconds)
         # The dearest trial is the most that is saved up for: else a quiet hour would be spent on trials once they become dear.
         dearest = STINT * max(map(bucket.usual, bucket.relative))
@@ -224,7 +224,6 @@ class AutoK:
 
 MOST_PROMPT = 512
 """Prompt tokens beyond which a step is not counted: reading a long document is another kind of work."""
-
 
 IDLE_S = 0.005
 """Between two steps; after more, the engine had nothing to do."""
