@@ -29,10 +29,10 @@ SOFTPLUS_LINEAR = np.float32(20.0)
 """Above it softplus(x) is x, as in PyTorch."""
 
 
-def compiled(signature: Any = None) -> Any:
+def compiled(signature: Any = None, *, reorder: bool = True) -> Any:
     """Compile a function, and keep it on disk beside this file or in the user's cache; if neither can be written, at each start anew."""
     given = () if signature is None else (signature,)
-    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"} if reorder else {"contract"}, "error_model": "numpy"}
 
     def compile_and_keep(function: Callable[..., Any]) -> Any:
         try:
@@ -48,6 +48,34 @@ def views(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t.detach().numpy() for t in tensors)  # type: ignore[union-attr]
 
 
+LEAST, MOST = np.float32(-87.3), np.float32(88.0)
+"""Between them exp(x) is a normal float32."""
+LOG2_E, LN_2, LN_2_REST = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+
+
+@compiled(reorder=False)
+def _exp(x, out):  # type: ignore[no-untyped-def]
+    """exp of x [N] into another array, to 4e-7 of its value, and 0 below LEAST: Cephes' expf without branches, so that it is vectorised.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2, and 2^n is written down as its bits."""
+    bits = np.empty(len(x), np.int32)
+    for i in range(len(x)):
+        bound = min(max(x[i], LEAST), MOST)
+        n = np.floor(bound * LOG2_E + np.float32(0.5))
+        r = bound - n * LN_2 - n * LN_2_REST
+        series = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+        series = series * r + np.float32(8.3334519073e-3)
+        series = series * r + np.float32(4.1665795894e-2)
+        series = series * r + np.float32(1.6666665459e-1)
+        series = series * r + np.float32(5.0000001201e-1)
+        out[i] = series * r * r + r + np.float32(1)
+        bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    scale = bits.view(np.float32)
+    for i in range(len(x)):
+        value = np.float32(0) if x[i] < LEAST else out[i] * scale[i]
+        out[i] = value if x[i] == x[i] else x[i]
+
+
 # --- Mamba-2, drafts included -----------------------------------------------------------------------------------------
 
 
@@ -55,31 +83,48 @@ def views(*tensors: Tensor | None) -> tuple[Any, ...]:
 def conv_step(x, state, weight, bias, silu, slots, accepted, starts, out):  # type: ignore[no-untyped-def]
     """x [T, D], state [slots, D, W - 1 + k] updated, weight [D, W], bias [D], slots and accepted [S], starts [S + 1], out [T, D]."""
     dim, width = weight.shape
-    window = np.empty(width - 1 + state.shape[2] + 1, np.float32)
+    taps, window = np.empty((width, dim), np.float32), np.empty((width + state.shape[2], dim), np.float32)
+    negative, power = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    for i in range(width):
+        for d in range(dim):
+            taps[i, d] = weight[d, i]
     for s in range(len(slots)):
         begin, count = starts[s], starts[s + 1] - starts[s]
         if count == 0:
             continue
-        offset = max(accepted[s] - 1, 0)
-        for d in range(dim):
-            held = state[slots[s], d]
-            for i in range(width - 1):
-                window[i] = held[offset + i]
-            for j in range(count):
-                window[width - 1 + j] = x[begin + j, d]
-            for j in range(count):
-                total = bias[d]
-                for i in range(width):
-                    total += window[j + i] * weight[d, i]
-                out[begin + j, d] = total / (np.float32(1) + np.exp(-total)) if silu else total
-            for i in range(width - 2 + count):
-                held[i] = window[1 + i]
+        held, offset = state[slots[s]], max(accepted[s] - 1, 0)
+        for i in range(width - 1):
+            for d in range(dim):
+                window[i, d] = held[d, offset + i]
+        for j in range(count):
+            for d in range(dim):
+                window[width - 1 + j, d] = x[begin + j, d]
+        for j in range(count):
+            total = out[begin + j]
+            for d in range(dim):
+                total[d] = bias[d]
+            for i in range(width):
+                past, tap = window[j + i], taps[i]
+                for d in range(dim):
+                    total[d] += past[d] * tap[d]
+            if silu:
+                for d in range(dim):
+                    negative[d] = -total[d]
+                _exp(negative, power)
+                for d in range(dim):
+                    total[d] = total[d] / (np.float32(1) + power[d])
+        for i in range(width - 2 + count):
+            for d in range(dim):
+                held[d, i] = window[1 + i, d]
 
 
-@compiled(void(f4[:, :, :, :], f4[:, :, :], f4[:, :], f4[:], f4[:, :, :], f4[:, :, :], f4[:], f4[:], i4[:, :], i4[:], i4[:], f4[:, :, :]))
+_TOKENS = f4[:, :, :]
+
+
+@compiled(void(f4[:, :, :, :], _TOKENS, _TOKENS, _TOKENS, _TOKENS, _TOKENS, f4[:, :], f4[:, :], i4[:, :], i4[:], i4[:], _TOKENS))
 def ssm_step(state, x, dt, A, B, C, D, dt_bias, slots, accepted, starts, out):  # type: ignore[no-untyped-def]
-    """state [slots, H, P, N] updated, x [T, H, P], dt [T, H], A, D and dt_bias [H], B and C [T, G, N], slots [S, 1 + k], accepted [S],
-    starts [S + 1], out [T, H, P] written."""
+    """state [slots, H, P, N] updated, x [T, H, P], dt [T, H, P], A [H, P, N], D and dt_bias [H, P], B and C [T, G, N], slots [S, 1 + k],
+    accepted [S], starts [S + 1], out [T, H, P] written. Of dt, A, D and dt_bias there is one value for each head."""
     _, heads, size, width = state.shape
     per_group = heads // B.shape[1]
     now = np.empty((size, width), np.float32)
@@ -95,10 +140,10 @@ def ssm_step(state, x, dt, A, B, C, D, dt_bias, slots, accepted, starts, out):  
                     now[p, n] = state[source, h, p, n]
             for j in range(count):
                 t, target = begin + j, slots[s, j]
-                step = dt[t, h] + dt_bias[h]
+                step = dt[t, h, 0] + dt_bias[h, 0]
                 if step <= SOFTPLUS_LINEAR:
                     step = np.log1p(np.exp(step))
-                decay = np.exp(step * A[h])
+                decay = np.exp(step * A[h, 0, 0])
                 for n in range(width):
                     b[n], c[n] = B[t, h // per_group, n], C[t, h // per_group, n]
                 for p in range(size):
@@ -107,7 +152,7 @@ def ssm_step(state, x, dt, A, B, C, D, dt_bias, slots, accepted, starts, out):  
                         value = now[p, n] * decay + add * b[n]
                         now[p, n] = value
                         y += value * c[n]
-                    out[t, h, p] = y + D[h] * x[t, h, p]
+                    out[t, h, p] = y + D[h, 0] * x[t, h, p]
                 for p in range(size):
                     for n in range(width):
                         state[target, h, p, n] = now[p, n]
@@ -126,11 +171,22 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _linear(x, weight, out):  # type: ignore[no-untyped-def]
-    """out [T, N] = x [T, K] weight [N, K]^T; a row of the weight is read once for all tokens."""
-    for n in range(len(weight)):
-        row = weight[n]
+    """out [T, N] = x [T, K] weight [N, K]^T; a row of the weight is read once for all tokens, and one of x for four of the weight."""
+    whole = len(weight) // 4 * 4
+    for n in range(0, whole, 4):
+        row0, row1, row2, row3 = weight[n], weight[n + 1], weight[n + 2], weight[n + 3]
         for t in range(len(x)):
-            out[t, n] = _dot(x[t], row)
+            token = x[t]
+            total0, total1, total2, total3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for i in range(x.shape[1]):
+                total0 += token[i] * row0[i]
+                total1 += token[i] * row1[i]
+                total2 += token[i] * row2[i]
+                total3 += token[i] * row3[i]
+            out[t, n], out[t, n + 1], out[t, n + 2], out[t, n + 3] = total0, total1, total2, total3
+    for n in range(whole, len(weight)):
+        for t in range(len(x)):
+            out[t, n] = _dot(x[t], weight[n])
 
 
 @compiled()
@@ -235,6 +291,7 @@ def head_leave(  # type: ignore[no-untyped-def]
     x += moved
     _norm(x, final_norm, epsilon, hidden)
     logits = np.empty((len(x), len(lm_head)), np.float32)
+    below, power = np.empty(len(lm_head), np.float32), np.empty(len(lm_head), np.float32)
     _linear(hidden, lm_head, logits)
     for t in range(len(x)):
         best = 0
@@ -243,19 +300,25 @@ def head_leave(  # type: ignore[no-untyped-def]
                 best = v
         total = np.float32(0)
         for v in range(len(lm_head)):
-            total += np.exp(logits[t, v] - logits[t, best])
+            below[v] = logits[t, v] - logits[t, best]
+        _exp(below, power)
+        for v in range(len(lm_head)):
+            total += power[v]
         draft[t], logprob[t] = best, -np.log(total)
 
 
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
-@compiled(void(f4[:, ::1], f4[:], i8[:], i8[:], f8[:], f4[:, ::1], i8[:, ::1], f4[:, ::1], i8[:, ::1]))
-def verify_rows(logits, temperature, drafts, counts, uniform, noise, tokens, logprobs, ranks):  # type: ignore[no-untyped-def]
-    """logits [N, V], temperature [S] with 0 for the most likely token, drafts and uniform [N - S], counts [S] of rows, noise [S, V].
+@compiled(void(f4[:, ::1], f4[:], i8[:], i8[:], f8[:], f8[:], i8[:, ::1], f4[:, ::1], i8[:, ::1]))
+def verify_rows(logits, temperature, drafts, counts, uniform, draws, tokens, logprobs, ranks):  # type: ignore[no-untyped-def]
+    """logits [N, V], temperature [S] with 0 for the most likely token, drafts and uniform [N - S], counts [S] of rows, draws [S].
 
-    Written up to each sequence's last token: tokens, logprobs and ranks [S, longest]. Rows behind a refused draft are not looked at."""
+    Written up to each sequence's last token: tokens, logprobs and ranks [S, longest]. Rows behind a refused draft are not looked at.
+    Of what is left of a row each token has its share of [0, 1), and that one is taken in whose share the sequence's draw lies: a number
+    for each sequence, where comparing all tokens by noise takes one for each token."""
     vocab, row, draft = logits.shape[1], 0, 0
+    below, power = np.empty(vocab, np.float32), np.empty(vocab, np.float32)
     for s in range(len(counts)):
         greedy = temperature[s] == 0
         scale = np.float32(1) if greedy else np.float32(1) / temperature[s]
@@ -267,13 +330,14 @@ def verify_rows(logits, temperature, drafts, counts, uniform, noise, tokens, log
                     best = v
             total = np.float32(0)
             for v in range(vocab):
-                total += np.exp((here[v] - here[best]) * scale)
-            log_total = np.log(total)
+                below[v] = (here[v] - here[best]) * scale
+            _exp(below, power)
+            for v in range(vocab):
+                total += power[v]
             refused, token = -1, -1
             if j < counts[s] - 1:
                 drafted = drafts[draft + j]
-                chance = np.exp((here[drafted] - here[best]) * scale - log_total)
-                if (drafted == best) if greedy else (uniform[draft + j] < np.float64(chance)):
+                if (drafted == best) if greedy else (uniform[draft + j] < np.float64(power[drafted]) / np.float64(total)):
                     token = drafted
                 else:
                     refused = drafted
@@ -281,12 +345,18 @@ def verify_rows(logits, temperature, drafts, counts, uniform, noise, tokens, log
             if not stands and greedy:
                 token = best
             elif not stands:
-                token, most = best, np.float32(-1)  # some token also where nothing is a number: a step must bring one
+                if refused >= 0:
+                    power[refused] = 0
+                left, reached = np.float64(0), np.float64(0)
                 for v in range(vocab):
-                    weight = np.exp((here[v] - here[best]) * scale) / noise[s, v]
-                    if v != refused and weight > most:
-                        token, most = v, weight
-            tokens[s, j], logprobs[s, j] = token, (here[token] - here[best]) * scale - log_total
+                    left += power[v]
+                token, left = best, left * draws[s]  # some token also where nothing is a number: a step must bring one
+                for v in range(vocab):
+                    if power[v] > 0:
+                        token, reached = v, reached + power[v]
+                        if reached > left:
+                            break
+            tokens[s, j], logprobs[s, j] = token, below[token] - np.log(total)
             rank = 0
             for v in range(vocab):
                 rank += here[v] >= here[token]

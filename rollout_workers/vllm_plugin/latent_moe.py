@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rollout_workers.vllm_plugin.raw_weights import raw_weight
+from rollout_workers.vllm_plugin.raw_weights import Views, raw_weight
 
 DENSE_FLOPS = 400_000_000
 """Multiply-adds up to which all experts are computed for all tokens, in two matrix products: below some tens of milliseconds the
@@ -128,16 +128,19 @@ class CpuLatentMoE(nn.Module):
         floats = self.experts.routed_experts.w13_weight.dtype == torch.float32
         return floats and all(layer.bias is None and raw_weight(layer) is not None for layer in layers)
 
+    @cached_property
+    def views(self) -> Views:
+        experts, shared = self.experts.routed_experts, self.shared_experts
+        assert shared is not None
+        return Views(
+            (self.gate, "weight"), (self.gate, "e_score_correction_bias"), (self.fc1_latent_proj, "weight"), (experts, "w13_weight"),
+            (experts, "w2_weight"), (self.fc2_latent_proj, "weight"), (shared.up_proj, "weight"), (shared.down_proj, "weight"),
+        )  # fmt: skip
+
     def weights(self) -> tuple[Any, ...]:
         """What `kernels.moe_rows` wants between x and out. Asked at each call, since updates may replace a weight."""
-        from rollout_workers.vllm_plugin import kernels
-
-        shared, experts, routing = self.shared_experts, self.experts.routed_experts, self.routing
-        assert shared is not None
-        gate, bias, *others = kernels.views(
-            self.gate.weight, self.gate.e_score_correction_bias, self.fc1_latent_proj.weight, experts.w13_weight, experts.w2_weight,
-            self.fc2_latent_proj.weight, raw_weight(shared.up_proj), raw_weight(shared.down_proj),
-        )  # fmt: skip
+        gate, bias, *others = self.views.now()
+        routing = self.routing
         return gate, bias, routing.num_experts_per_tok, routing.norm_topk_prob, routing.routed_scaling_factor, *others
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +148,7 @@ class CpuLatentMoE(nn.Module):
             from rollout_workers.vllm_plugin import kernels
 
             out = torch.empty_like(x)
-            kernels.moe_rows(x.numpy(), *self.weights(), out.numpy())
+            kernels.moe_rows(x.contiguous().numpy(), *self.weights(), out.numpy())
             return out
         return self.by_operations(x)
 

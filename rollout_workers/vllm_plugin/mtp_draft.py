@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE
 from rollout_workers.vllm_plugin.latent_moe import FEW_OPERATIONS
-from rollout_workers.vllm_plugin.raw_weights import raw_weight
+from rollout_workers.vllm_plugin.raw_weights import Views, raw_weight
 
 LEAST_CHANCE = 0.3
 """Where k is chosen, a draft is verified if it stands with this chance, by the head's own probabilities of it and of those before it.
@@ -46,12 +46,12 @@ class Head:
     def __init__(self, model: Any, block_size: int, dtype: torch.dtype, split_kv: bool, least_chance: float) -> None:
         first, second = model.model.layers["0"], model.model.layers["1"]
         self.embed, self.lm_head, self.vocab = model.model.embed_tokens, model.lm_head, model.config.vocab_size
-        self.first, self.second, self.mixer = first, second, first.mixer
+        self.first, self.second, self.mixer, self.experts = first, second, first.mixer, second.mixer
         self.block_size, self.dtype, self.split_kv, self.least_chance = block_size, dtype, split_kv, least_chance
         blocks, heads, size, _ = self.mixer.attn.kv_cache.shape
         assert size == block_size, f"attention blocks of {size} tokens, drafts placed in blocks of {block_size}"
         self.keys, self.values = self.mixer.attn.kv_cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
-        layers, moe = (self.embed, self.lm_head, first.eh_proj, self.mixer.qkv_proj, self.mixer.o_proj), second.mixer
+        layers, moe = (self.embed, self.lm_head, first.eh_proj, self.mixer.qkv_proj, self.mixer.o_proj), self.experts
         weights = [raw_weight(layer) for layer in layers if getattr(layer, "bias", None) is None]  # `layer.weight` is empty where packed
         known = [weight for weight in weights if weight is not None]
         self.is_compiled = len(known) == len(layers) and getattr(moe, "is_compiled", False)
@@ -59,6 +59,10 @@ class Head:
         self.operations = sum(weight.numel() for weight in known[1:]) + getattr(moe, "operations", 0)
         """Multiply-adds per token, where it does; an embedding has none."""
         self.epsilon = first.norm.variance_epsilon
+        entering = (self.embed, first.enorm, first.hnorm, first.eh_proj, first.norm, self.mixer.qkv_proj)
+        leaving = (self.mixer.o_proj, second.norm, second.final_layernorm, self.lm_head)
+        if self.is_compiled:
+            self.entering, self.leaving = (Views(*((layer, "weight") for layer in half)) for half in (entering, leaving))
 
     def few(self, count: int) -> bool:
         return self.is_compiled and count * self.operations <= FEW_OPERATIONS
@@ -70,11 +74,8 @@ class Head:
             from rollout_workers.vllm_plugin import kernels
 
             x, qkv = torch.empty(hidden.shape), torch.empty(len(ids), m.q_size + 2 * m.kv_size)
-            weights = kernels.views(
-                raw_weight(self.embed), first.enorm.weight, first.hnorm.weight, raw_weight(first.eh_proj), first.norm.weight,
-                raw_weight(m.qkv_proj),
-            )  # fmt: skip
-            kernels.head_enter(*kernels.views(ids.long(), hidden.contiguous()), *weights, self.epsilon, *kernels.views(x, qkv))
+            asked = kernels.views(ids.long(), hidden.contiguous())
+            kernels.head_enter(*asked, *self.entering.now(), self.epsilon, *kernels.views(x, qkv))
         else:
             embedded = F.embedding(ids, self.embed.weight)
             x = linear(first.eh_proj, torch.cat([norm(first.enorm, embedded), norm(first.hnorm, hidden)], -1))
@@ -94,18 +95,14 @@ class Head:
             from rollout_workers.vllm_plugin import kernels
 
             hidden, draft, logprob = torch.empty(x.shape), torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))
-            second, moe = self.second, self.second.mixer
-            o_proj, before, after, lm_head = kernels.views(
-                raw_weight(self.mixer.o_proj), second.norm.weight, second.final_layernorm.weight, raw_weight(self.lm_head)
-            )
-            x, attended = x.contiguous(), attended.contiguous()
+            o_proj, before, after, lm_head = self.leaving.now()
             kernels.head_leave(
-                *kernels.views(x, attended), o_proj, before, *moe.weights(), after, lm_head[: self.vocab], self.epsilon,
-                *kernels.views(hidden, draft, logprob),
+                *kernels.views(x.contiguous(), attended.contiguous()), o_proj, before, *self.experts.weights(), after,
+                lm_head[: self.vocab], self.epsilon, *kernels.views(hidden, draft, logprob),
             )  # fmt: skip
             return hidden, draft, logprob
         x = x + linear(self.mixer.o_proj, attended)
-        hidden = norm(self.second.final_layernorm, x + self.second.mixer(norm(self.second.norm, x)))
+        hidden = norm(self.second.final_layernorm, x + self.experts(norm(self.second.norm, x)))
         logits = linear(self.lm_head, hidden)[:, : self.vocab].float()
         best, draft = logits.max(-1)
         return hidden, draft, best - logits.logsumexp(-1)
@@ -156,20 +153,19 @@ def propose(
     """vLLM's `SpecDecodeBaseProposer.propose`: up to k drafts of each sequence, to verify in the next step."""
     head, meta, k = head_of(self), common_attn_metadata, num_speculative_tokens
     self.num_speculative_tokens = k
-    count, last = len(target_token_ids), token_indices_to_sample
-    if last is None:
-        last = meta.query_start_loc[1:] - 1
-    ids = target_token_ids.roll(-1)
-    ids[last] = next_token_ids.to(ids.dtype)
+    count = len(target_token_ids)
+    last = (meta.query_start_loc[1:] - 1 if token_indices_to_sample is None else token_indices_to_sample).numpy()
+    ids = np.roll(target_token_ids.numpy(), -1).astype(np.int64)
+    ids[last] = next_token_ids.numpy()
     # Also where k is 0, and now: later these slots may be those of another sequence, or of another layer's state.
-    x, q = head.enter(ids, target_hidden_states, meta.slot_mapping[:count])
+    x, q = head.enter(torch.from_numpy(ids), target_hidden_states, meta.slot_mapping[:count])
     if k == 0:
         return torch.empty((len(last), 0), dtype=torch.int64)
     # Behind the last accepted token stand rejected drafts; the next step writes over them.
     seq_lens = meta.seq_lens.clone() if num_rejected_tokens_gpu is None else meta.seq_lens - num_rejected_tokens_gpu
     batch = Batch(seq_lens=seq_lens, blocks=meta.block_table_tensor, starts=self.arange[: len(last) + 1])
     if len(last) < len(x):
-        x, q = x[last], q[last]
+        x, q = torch.from_numpy(x.numpy()[last]), torch.from_numpy(q.numpy()[last])
     return likeliest(head, head.leave(x, q, batch), batch, k, self.max_model_len)
 
 
@@ -198,21 +194,23 @@ def last_tokens(self: Any, sampled: Tensor, requests: Any, batch: Any, discarded
 
     None where a prompt is not read to its end yet: its next token is known, and vLLM looks it up.
     """
-    if bool(discarded[: len(sampled)].any()):
+    tokens = sampled.numpy()
+    if discarded.numpy()[: len(tokens)].any():
         return None
-    counts = ((sampled >= 0) & (sampled < batch.vocab_size)).sum(1)
-    if not int(counts.min()):
+    counts = ((tokens >= 0) & (tokens < batch.vocab_size)).sum(1, dtype=np.int32)
+    if not counts.min():
         return None
-    return sampled.gather(1, counts[:, None] - 1)[:, 0].int(), counts.int()
+    return torch.from_numpy(tokens[np.arange(len(tokens)), counts - 1].astype(np.int32)), torch.from_numpy(counts)
 
 
 def last_places(self: Any, meta: Any, drafts: Any, counts: Tensor) -> tuple[Any, Tensor, Tensor] | None:
     """vLLM's `prepare_inputs_padded`: where each sequence's last token that stands is, [B], and how many drafts behind it do not, [B]."""
-    if int(meta.query_start_loc_cpu[-1]) != meta.num_actual_tokens:
+    starts = meta.query_start_loc.numpy()
+    if starts[-1] != meta.num_actual_tokens:
         return None
-    drafted = drafts.cu_num_draft_tokens.diff(prepend=drafts.cu_num_draft_tokens.new_zeros(1))
-    rejected = torch.where(drafted > 0, drafted + 1 - counts, 0).int()
-    return meta, meta.query_start_loc[1:] - 1 - rejected, rejected
+    drafted = np.array(drafts.num_draft_tokens, np.int32)
+    rejected = np.where(drafted > 0, drafted + 1 - counts.numpy(), 0).astype(np.int32)
+    return meta, torch.from_numpy(starts[1:] - 1 - rejected), torch.from_numpy(rejected)
 
 
 def head_of(proposer: Any) -> Head:

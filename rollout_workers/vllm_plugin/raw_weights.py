@@ -6,9 +6,12 @@ layer, beside the packed one. In an update it is made, checked and handed over w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MOST_ELEMENTS = 1 << 20
@@ -31,6 +34,35 @@ def install() -> None:
 
     utils.dispatch_cpu_unquantized_gemm = keep_and_pack
     utils.polyrl_keeps = True
+
+
+class Views:
+    """Weights of several layers as NumPy arrays, made anew where an update has moved one.
+
+    To ask modules for their parameters, and to make an array of each, takes longer than to multiply a token with them. A view holds on to
+    the memory that it was made of, so no other weight can be found at its address.
+    """
+
+    def __init__(self, *places: tuple[Any, str]) -> None:
+        """`places`: modules, and which of their tensors; "weight" stands for what `raw_weight` says."""
+        self._places = [place(*asked) for asked in places]
+        self._addresses: list[int] = []
+        self._arrays: tuple[NDArray[np.float32], ...] = ()
+
+    def now(self) -> tuple[NDArray[np.float32], ...]:
+        tensors = [held[name] for held, name in self._places]
+        addresses = [t.data_ptr() for t in tensors]
+        if addresses != self._addresses:
+            self._addresses, self._arrays = addresses, tuple(t.detach().numpy() for t in tensors)
+        return self._arrays
+
+
+def place(layer: Any, name: str) -> tuple[Mapping[str, Tensor], str]:
+    """The dictionary in which a module holds a tensor, and its name there."""
+    held = vars(layer)
+    if name == "weight" and held.get("polyrl_raw_weight") is not None:
+        return held, "polyrl_raw_weight"
+    return (held if name in held else held["_parameters"]), name
 
 
 def raw_weight(layer: Any) -> Tensor | None:

@@ -104,11 +104,11 @@ def by_kernel(metadata: Any, logits: Tensor, sampling: Any, counts: Tensor) -> A
 
     from rollout_workers.vllm_plugin import kernels
 
-    uniform, noise = randomness(metadata.num_draft_tokens, logits.shape[1], {})
-    shape = len(counts), int(counts.max())
+    uniform, draws = torch.rand(sum(metadata.num_draft_tokens), dtype=torch.float64), torch.rand(len(counts), dtype=torch.float64)
+    shape = len(counts), max(metadata.num_draft_tokens) + 1
     tokens, logprobs, ranks = torch.full(shape, REJECTED), torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
     drafts = metadata.draft_token_ids.long()
-    kernels.verify_rows(*kernels.views(logits.contiguous(), sampling.temperature, drafts, counts, uniform, noise, tokens, logprobs, ranks))
+    kernels.verify_rows(*kernels.views(logits.contiguous(), sampling.temperature, drafts, counts, uniform, draws, tokens, logprobs, ranks))
     tensors = None
     if sampling.max_num_logprobs is not None:
         tensors = LogprobsTensors(tokens.clamp(min=0).view(-1, 1).int(), logprobs.view(-1, 1), ranks.view(-1))

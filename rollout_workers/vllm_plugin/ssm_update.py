@@ -36,7 +36,7 @@ def verify_update(
     if {m.dtype for m in (state, x, dt, A, B, C, D, dt_bias, out)} == {torch.float32}:
         from rollout_workers.vllm_plugin import kernels
 
-        tensors = (state, x, dt[..., 0], A[:, 0, 0], B, C, D[:, 0], dt_bias[:, 0], slots.int(), accepted.int(), starts.int(), out)
+        tensors = (state, x, dt, A, B, C, D, dt_bias, slots.int(), accepted.int(), starts.int(), out)
         kernels.ssm_step(*kernels.views(*tensors))
     else:
         by_operations(state, x, dt, A, B, C, D, dt_bias, slots, accepted, starts, out)

@@ -16,7 +16,9 @@ from torch import Tensor
 from rollout_workers.vllm_plugin import conv_update, kernels, ssm_update
 from rollout_workers.vllm_plugin.latent_moe import FEW_OPERATIONS, Routing, dense_experts, route
 from rollout_workers.vllm_plugin.mtp_draft import Batch, Head, likeliest
+from rollout_workers.vllm_plugin.raw_weights import Views
 from rollout_workers.vllm_plugin.rejection import verify
+from tests.unit.test_rejection import MANY, assert_distributed, distributions
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -149,8 +151,11 @@ def model_of(dim: int, vocab: int, *, is_compiled: bool = True, bias: Tensor | N
         o_proj=layer(randn(dim, 8), packed=True),
     )  # fmt: skip
     attention.o_proj.bias = bias
-    first = SimpleNamespace(mixer=attention, eh_proj=layer(randn(dim, 2 * dim), packed=True), norm=SimpleNamespace(variance_epsilon=1e-5))
-    second = SimpleNamespace(mixer=SimpleNamespace(is_compiled=is_compiled, operations=1000))
+    first = SimpleNamespace(
+        mixer=attention, eh_proj=layer(randn(dim, 2 * dim), packed=True), norm=SimpleNamespace(variance_epsilon=1e-5, weight=randn(dim))
+    )
+    first.enorm, first.hnorm = first.norm, first.norm
+    second = SimpleNamespace(mixer=SimpleNamespace(is_compiled=is_compiled, operations=1000), norm=first.norm, final_layernorm=first.norm)
     layers, embed = {"0": first, "1": second}, layer(randn(vocab, dim), packed=False)
     return SimpleNamespace(
         model=SimpleNamespace(layers=layers, embed_tokens=embed), lm_head=layer(randn(vocab, dim), packed=False),
@@ -182,12 +187,61 @@ def abs_difference(one: float, other: float) -> float:
     return abs(one - other)
 
 
+def test_verified_tokens_are_draws_from_the_policy() -> None:
+    """Drafts that are likely, that are not, and fewer of them or none."""
+    p, counts = distributions(1), torch.arange(MANY) % 3 + 1
+    drafts = torch.stack([p[0].argmax(), p[1].argmin()]).expand(MANY, 2)[torch.arange(2) < (counts - 1)[:, None]]
+    logits = torch.cat([p[:n] for n in counts.tolist()]).log()
+    generator = torch.Generator().manual_seed(3)
+    uniform, draws = (torch.rand(n, dtype=torch.float64, generator=generator) for n in (len(drafts), MANY))
+    tokens, logprobs, ranks = torch.full((MANY, 3), -1), torch.zeros(MANY, 3), torch.zeros(MANY, 3, dtype=torch.int64)
+    kernels.verify_rows(*kernels.views(logits, torch.ones(MANY), drafts, counts, uniform, draws, tokens, logprobs, ranks))
+    assert_distributed(tokens, p)
+    assert bool(((tokens >= 0).sum(1) <= counts).all())
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
+def test_no_draw_reaches_a_token_that_cannot_be(draw: float) -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
+    tokens, logprobs, ranks = torch.full((1, 1), -1), torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    none, dice = torch.zeros(0, dtype=torch.int64), (torch.zeros(0, dtype=torch.float64), torch.tensor([draw], dtype=torch.float64))
+    kernels.verify_rows(*kernels.views(logits, torch.ones(1), none, torch.tensor([1]), *dice, tokens, logprobs, ranks))
+    assert tokens.item() == (3 if draw else 1)
+
+
+def test_exponentials() -> None:
+    x = torch.cat([torch.linspace(-87, 88, 20_001), torch.tensor([-torch.inf, -1000.0, 0.0, torch.nan])])
+    found = torch.empty_like(x)
+    kernels._exp(*kernels.views(x, found))
+    torch.testing.assert_close(found, x.double().exp().float(), atol=1e-37, rtol=5e-7, equal_nan=True)
+
+
+def test_views_follow_a_weight_that_moves_or_is_replaced() -> None:
+    """As updates do: `staging.take` gives parameters other memory and layers other raw weights, and copies into what has no packed copy."""
+    plain, packed = torch.nn.Linear(3, 2), layer(randn(2, 3), packed=True)
+    views = Views((plain, "weight"), (packed, "weight"))
+
+    def are(*wanted: Tensor) -> bool:
+        return all(np.array_equal(found, one.detach().numpy()) for found, one in zip(views.now(), wanted, strict=True))
+
+    assert are(plain.weight, packed.polyrl_raw_weight)
+    assert views.now() is views.now()
+    plain.weight.data.copy_(randn(2, 3, seed=1))
+    assert are(plain.weight, packed.polyrl_raw_weight)
+    plain.weight.data = randn(2, 3, seed=2)
+    assert are(plain.weight, packed.polyrl_raw_weight)
+    packed.polyrl_raw_weight = randn(2, 3, seed=3)
+    assert are(plain.weight, packed.polyrl_raw_weight)
+    plain.weight = torch.nn.Parameter(randn(2, 3, seed=4))
+    assert are(plain.weight, packed.polyrl_raw_weight)
+
+
 @pytest.mark.parametrize("broken", [[3], range(8)])
 def test_verification_brings_a_token_also_where_logits_are_no_numbers(broken: Sequence[int]) -> None:
     """A sequence that got none would be asked again for ever. Its logprob says what is wrong."""
     logits, tokens, logprobs, ranks = randn(3, 8), torch.full((1, 3), -1), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.int64)
     logits[0, list(broken)] = torch.nan
-    dice = torch.rand(2, dtype=torch.float64), torch.empty(1, 8).exponential_()
+    dice = torch.rand(2, dtype=torch.float64), torch.rand(1, dtype=torch.float64)
     kernels.verify_rows(*kernels.views(logits, torch.ones(1), torch.tensor([1, 2]), torch.tensor([3]), *dice, tokens, logprobs, ranks))
     assert 0 <= int(tokens[0, 0]) < 8
     assert tokens[0, 1:].tolist() == [-1, -1]
@@ -201,14 +255,22 @@ def test_verification(seed: int) -> None:
     logits, drafts = 2 * randn(int(counts.sum()), vocab, seed=seed), torch.randint(0, 3, (sum(num_drafts),))
     logits[:, :3] += 4  # so that some stand
     drafts[6] = logits[9].argmax() if seed % 2 else 39  # of the greedy sequence
-    uniform = torch.rand(sum(num_drafts), dtype=torch.float64)
-    noise = torch.empty(5, vocab).exponential_()
+    uniform, draws = torch.rand(sum(num_drafts), dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     scaled = logits / torch.where(temperature == 0, 1, temperature).repeat_interleave(counts)[:, None]
-    wanted, rows = verify(scaled.log_softmax(-1), drafts, counts, temperature == 0, uniform, noise)
+    wanted, rows = verify(scaled.log_softmax(-1), drafts, counts, temperature == 0, uniform, torch.ones(5, vocab))
     tokens, logprobs, ranks = torch.full((5, 5), -1), torch.zeros(5, 5), torch.zeros(5, 5, dtype=torch.int64)
-    kernels.verify_rows(*kernels.views(logits, temperature, drafts, counts, uniform, noise, tokens, logprobs, ranks))
-    assert torch.equal(tokens, wanted)
+    kernels.verify_rows(*kernels.views(logits, temperature, drafts, counts, uniform, draws, tokens, logprobs, ranks))
     stands = tokens >= 0
+    assert torch.equal(stands, wanted >= 0)
+    last, first_draft = stands.sum(1) - 1, (counts - 1).cumsum(0) - (counts - 1)
+    for s in range(5):
+        kept = int(last[s])
+        assert tokens[s, :kept].tolist() == drafts[first_draft[s] : first_draft[s] + kept].tolist()
+        left = scaled.double().softmax(-1)[rows[s, kept]]
+        if kept < num_drafts[s]:
+            left[drafts[first_draft[s] + kept]] = 0
+        drawn = int((left.cumsum(0) <= draws[s] * left.sum()).sum()) if temperature[s] else int(wanted[s, kept])
+        assert tokens[s, kept] == drawn
     there = scaled.log_softmax(-1)[rows][stands]
     chosen = there.gather(1, tokens[stands][:, None])
     torch.testing.assert_close(logprobs[stands], chosen[:, 0], atol=1e-5, rtol=1e-5)
