@@ -165,7 +165,8 @@ def propose(
     seq_lens = meta.seq_lens.clone() if num_rejected_tokens_gpu is None else meta.seq_lens - num_rejected_tokens_gpu
     batch = Batch(seq_lens=seq_lens, blocks=meta.block_table_tensor, starts=self.arange[: len(last) + 1])
     if len(last) < len(x):
-        x, q = torch.from_numpy(x.numpy()[last]), torch.from_numpy(q.numpy()[last])
+        rows = torch.from_numpy(last)
+        x, q = x.index_select(0, rows), q.index_select(0, rows)  # of any type: NumPy has no bfloat16
     return likeliest(head, head.leave(x, q, batch), batch, k, self.max_model_len)
 
 
