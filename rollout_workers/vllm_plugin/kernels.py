@@ -10,8 +10,8 @@
 One token of a small model takes some fifty PyTorch operations where one routine does. What each computes is written out in the module
 that calls it, in PyTorch, which also serves what these do not: other types than float32, many tokens, unusual shapes.
 
-Signatures are given, so that all is compiled when this is imported, and nothing later: by an engine's first step, ten seconds or so, and
-two once numba has it on disk. Nobody else imports this.
+Signatures are given, so that all is compiled when this is imported, and nothing later: by an engine's first step, in some fifteen
+seconds, and in two once numba has it on disk. Nobody else imports this.
 `[:, ::1]` is contiguous, `[:, :]` may be a view. Sums may be reordered, so that they use vector instructions; nothing else is relaxed.
 """
 
