@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MOST = 32
 SEED = 0x5EED
-
+"""Of the stream of tasks that they are taken from."""
 
 Example = tuple[str, tuple[Message, ...]]
 """(key of the task, its question and its answer)"""
@@ -53,10 +53,13 @@ def _solved(env_class: type[TextEnv], count: int, options: str) -> Sequence[Exam
     plain = json.loads(options)
     env = env_class(**plain)
     found: dict[str, tuple[Message, ...]] = {}
-    for index in range(4 * count):  # a small space of tasks repeats itself
-        task = env_class.task_at("train", SEED, index, plain)
-        if len(found) < count and task.key not in found:
-            found[task.key] = _solve(env, task)
+    try:
+        for index in range(4 * count):  # a small space of tasks repeats itself
+            task = env_class.task_at("train", SEED, index, plain)
+            if len(found) < count and task.key not in found:
+                found[task.key] = _solve(env, task)
+    finally:
+        env.close()
     return list(found.items())
 
 

@@ -24,11 +24,9 @@ DENSE_FLOPS = 400_000_000
 """Multiply-adds up to which all experts are computed for all tokens, in two matrix products: below some tens of milliseconds the
 bookkeeping of a sparse dispatch costs more than it saves."""
 
-
 FEW_OPERATIONS = 20_000_000
-"""Multiply-adds up to which kernels.py is taken: a millisecond on one core. Beyond, the products of a library, which takes all threads,
-gain more than its calls cost. Measured with one thread at a hidden size of 128: the head's first half is as fast either way at 64 tokens
-(15 million), its second half takes half as long as by operations at 128, and so do experts at ten times as many."""
+"""Multiply-adds up to which kernels.py is taken: some milliseconds of one core. Beyond, the products of a library, which takes all
+threads, gain more than its calls cost."""
 
 
 class RoutedExperts(nn.Module):

@@ -72,7 +72,7 @@ def forward(metadata: Any, logits: Tensor, sampling: Any) -> Any:
 
     counts = torch.tensor(metadata.num_draft_tokens) + 1
     logits = logits.float()
-    if not (sampling.all_greedy or sampling.generators) and sampling.top_k is None is sampling.top_p:
+    if not sampling.all_greedy and not sampling.generators and sampling.top_k is None and sampling.top_p is None:
         return by_kernel(metadata, logits, sampling, counts)
     greedy = torch.ones(len(counts), dtype=torch.bool) if sampling.all_greedy else None
     if not sampling.all_greedy:

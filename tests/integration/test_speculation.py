@@ -88,7 +88,7 @@ def test_no_drafts_and_the_most_were_tried_and_the_counts_by_position_add_up(sam
     everything = [*sampled.drawn, *sampled.likeliest]
     assert max(len(c.positions) for c in everything) == MOST
     undrafted = [c.engine_steps - (c.positions[0][0] if c.positions else 0) for c in everything]
-    assert max(undrafted) > 20, "each number has a stint of 32 steps before any is chosen, and 0 has the first"
+    assert max(undrafted) > 20, "passes of a trial of 0, and those behind which the head doubted its first draft already"
     for c in everything:
         assert (sum(d for d, _ in c.positions), sum(a for _, a in c.positions)) == (c.drafted, c.accepted)
         for (drafted, accepted), (next_drafted, next_accepted) in zip(c.positions, c.positions[1:], strict=False):

@@ -105,6 +105,13 @@ def test_it_follows_a_policy_whose_drafts_get_better_and_worse() -> None:
         assert worth(machine, 4, machine.run(auto, 4, 8_000)[-1000:]) > 0.95
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_no_drafts_at_all_are_always_tried_and_soon(kind: str, batch: int) -> None:
+    auto, machine = AutoK(4), Machine(**KINDS[kind])  # type: ignore[arg-type]
+    assert machine.run(auto, batch, 100).count(0) >= STINT
+
+
 def test_each_batch_size_has_a_number_of_its_own() -> None:
     auto = AutoK(4)
     for _ in range(20):
