@@ -43,9 +43,9 @@ def compiled(signature: Any = None, *, reorder: bool = True) -> Any:
     return compile_and_keep
 
 
-def views(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The same memory as NumPy arrays. None, which `raw_weight` may say, is an error: its callers have asked before."""
-    return tuple(t.detach().numpy() for t in tensors)  # type: ignore[union-attr]
+def views(*tensors: Tensor) -> tuple[Any, ...]:
+    """The same memory as NumPy arrays."""
+    return tuple(t.detach().numpy() for t in tensors)
 
 
 LEAST, MOST = np.float32(-87.3), np.float32(88.0)
