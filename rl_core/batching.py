@@ -24,6 +24,9 @@ parameters on a CPU, or a large one on a GPU."""
 PAD_ID = 0
 """Any valid id: models are causal and padding stands on the right, so nothing that is trained looks at it."""
 
+LEAST_SHARED = 8
+"""Positions of a prompt worth sharing: more than a convolution of the hybrid looks back."""
+
 CONTEXT = 2
 """Tokens of a shared prompt that stay in the rows: what predicts the first trained token, for policy and MTP head, is a row's own."""
 
@@ -142,7 +145,7 @@ def _units(trajectories: Sequence[Trajectory], lengths: Sequence[int], max_token
         prefix = int(trained_mask(trajectories[rows[0]]).argmax()) - CONTEXT
         longest = max(lengths[i] for i in rows) - prefix
         size = max(1, (max_tokens - prefix) // longest)  # rows that fit behind one copy of the prefix
-        if (min(size, len(rows)) - 1) * prefix > cost:
+        if prefix >= LEAST_SHARED and (min(size, len(rows)) - 1) * prefix > cost:
             parts = [tuple(rows[a : a + size]) for a in range(0, len(rows), size)]
             units += [Unit(part, prefix, prefix + len(part) * longest) for part in parts]
         else:

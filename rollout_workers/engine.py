@@ -338,9 +338,7 @@ def engine_arguments(model_path: str, dtype: str, rollout: RolloutConfig, seed: 
     if current_platform.is_cpu():
         arguments["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
         if caches_prompts(model_path):
-            arguments["block_size"] = (
-                CACHED_BLOCK  # whole blocks are shared, and 128 tokens, vLLM's choice, are more than many prompts have
-            )
+            arguments["block_size"] = CACHED_BLOCK
     if k:
         if not has_mtp(model_path):
             raise EngineError(

@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl_core.batching import MICROBATCH_COST, cheapest_cuts, microbatches, num_loss_tokens, num_mtp_tokens, trainable_length, trained_mask
+from rl_core.batching import (
+    LEAST_SHARED,
+    MICROBATCH_COST,
+    cheapest_cuts,
+    microbatch_cost,
+    microbatches,
+    num_loss_tokens,
+    num_mtp_tokens,
+    trainable_length,
+    trained_mask,
+)
 from rl_core.trajectories import trajectories
 from rl_core.types import Trajectory
 from tests.integration.learner_ranks import random_groups
@@ -56,11 +66,12 @@ def group_of(size: int, prompt: int, answer: int, env: str = "tools", seed: int 
     return made
 
 
-@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(300, 5000), st.integers(1, 900))
-def test_sharing_prefixes_loses_no_row_and_changes_none(seed: int, num_ranks: int, max_tokens: int, prompt: int) -> None:
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(300, 5000), st.integers(1, 900), st.sampled_from([1, 16, MICROBATCH_COST]))
+def test_sharing_prefixes_loses_no_row_and_changes_none(seed: int, num_ranks: int, max_tokens: int, prompt: int, fixed_cost: int) -> None:
     all_rows = [*rows(seed), *group_of(8, prompt, 5, seed=seed), *group_of(3, 40, 2, "math", seed=seed + 1)]
-    plan = microbatches(all_rows, envs=ENVS, max_tokens=max_tokens, num_ranks=num_ranks, share_prefixes=True)
+    plan = microbatches(all_rows, envs=ENVS, max_tokens=max_tokens, num_ranks=num_ranks, share_prefixes=True, fixed_cost=fixed_cost)
     assert len({len(rank) for rank in plan}) == 1
+    assert all(not len(m.prefix_ids) or len(m.prefix_ids) >= LEAST_SHARED for rank in plan for m in rank)
     whole = []
     for m in (m for rank in plan for m in rank if m.envs[0] >= 0):
         assert m.num_padded <= max_tokens or len(m.token_ids) == 1
@@ -87,6 +98,14 @@ def test_a_long_prompt_is_computed_once_and_a_short_one_is_not_worth_it() -> Non
     assert shared.num_shared == 7 * 1998
     (apart,) = microbatches([*long, *short], envs=ENVS, max_tokens=16384)
     assert sum(m.num_shared for m in apart) == 0
+
+
+def test_what_is_worth_it_depends_on_what_a_token_costs() -> None:
+    short = group_of(8, 40, 40)
+    for parameters, on_gpu, shared in ((1_300_000, False, 0), (135_000_000, False, 38), (135_000_000, True, 0)):
+        fixed_cost = microbatch_cost(parameters, on_gpu=on_gpu)
+        (plan,) = microbatches(short, envs=ENVS, max_tokens=16384, share_prefixes=True, fixed_cost=fixed_cost)
+        assert {len(m.prefix_ids) for m in plan} == {shared}
 
 
 @given(st.integers(0, 2**31), st.integers(1, 6), st.integers(20, 2000))
