@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
@@ -30,6 +31,7 @@ from rl_core.types import Completion, Receipt, SamplingParams
 from rollout_workers.completions import completion, cut_off
 from rollout_workers.vllm_plugin import BACKEND, OWNER_VARIABLE
 from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE
+from rollout_workers.vllm_plugin.places import PLACES_VARIABLE, PROBE
 from rollout_workers.vllm_plugin.thought_cap import THINKING
 
 T = TypeVar("T")
@@ -37,7 +39,9 @@ log = logging.getLogger(__name__)
 
 PROBES = 4
 """Completions sampled after every weight update as its proof. Their places in the batch are kept free, so that a proof never
-queues behind the run's own work."""
+queues behind the run's own work (vllm_plugin/places.py)."""
+QUEUED = 1 / 4
+"""Sequences that wait inside the engine, per sequence that it decodes at a time: whoever ends has a successor in the same step."""
 PROBE_TOKENS = 24
 """Tokens per probe: 96 in all, enough for a mean; a wrong recurrent state shows after three or four."""
 
@@ -69,7 +73,7 @@ class Engine:
         self._rollout = rollout
         self._stop_ids = list(stop_ids)
         self._probe_prompts = probe_prompts(vocab_size)
-        self._room = asyncio.Semaphore(rollout.max_num_seqs)
+        self._room = asyncio.Semaphore(rollout.max_num_seqs + math.ceil(QUEUED * rollout.max_num_seqs))
         self._loading = asyncio.Lock()
         self._updated = asyncio.Event()
         """Set, and replaced, when an update has ended, well or not."""
@@ -247,7 +251,7 @@ class Engine:
     async def _probe(self, version: int) -> tuple[Completion, ...]:
         params = SamplingParams(max_tokens=PROBE_TOKENS, temperature=1.0)
         work = [
-            self._generate(ids, params, PROBE_TOKENS, [], f"probe-{version}-{i}-{time.monotonic_ns()}")
+            self._generate(ids, params, PROBE_TOKENS, [], f"{PROBE}{version}-{i}-{time.monotonic_ns()}")
             for i, ids in enumerate(self._probe_prompts)
         ]
         done = await self._bounded(asyncio.gather(*work), PROBE_TIMEOUT_S, "sample its probes")
@@ -355,6 +359,7 @@ def environment(rollout: RolloutConfig) -> dict[str, str]:
     return {
         OWNER_VARIABLE: str(os.getpid()),
         AUTO_VARIABLE: "1" if rollout.auto_k else "0",
+        PLACES_VARIABLE: str(PROBES),
         "OMP_NUM_THREADS": str(rollout.num_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # learner and environments share the cores; a pinned engine would lose its own to them
         # Keeps the model in the engine's own process. vLLM otherwise adds one more on CPU, and a hop through it to every step.

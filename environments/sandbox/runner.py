@@ -45,6 +45,7 @@ def main() -> None:
     prove_room()
     os.write(1, b"ready\n")
     job = read_job()
+    warm_up()
     for case, value in enumerate(job["inputs"]):
         state, out = run_case(job, value)
         sweep()
@@ -102,6 +103,12 @@ def prove_room() -> None:
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
+
+
+def warm_up() -> None:
+    """What Python makes at its first use (the types of syntax trees, half the time of a short case) is then there in every child."""
+    compile("", "nothing", "exec")
+    open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def read_job() -> dict[str, Any]:

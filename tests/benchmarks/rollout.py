@@ -1,10 +1,14 @@
-"""What the episode path costs: generated tokens/s of whole episodes over those of the bare engine.
+"""What the episode path costs: generated tokens/s of episodes over those of the bare engine.
 
 episode_over_raw_single    math: one turn, no tool
 episode_over_raw_multi     tools: up to six turns, each of which waits for its environment
 episode_over_raw_mixed     the four environments of the quickstart together, in equal parts
 episode_over_raw           the lowest of the three, of each repetition
 tokens_per_s_<what>_<how>  generated tokens/s, `episodes` and `raw`
+whole_over_raw_<what>      the same from the first request to the last verdict
+
+A run never drains: there is always a next group. So rates are taken from when an eighth of the tokens has been generated until seven
+eighths have; what filling and draining cost an episode, which is waiting for its environment then, is in `whole_over_raw`.
 
 Episodes run as in a run: `RolloutWorker.run_group`, environments in a host process, chat format, logprobs, policy versions, and drafts
 journalled as in a run. Raw is `AsyncLLM.generate` of the same engine, right after them: the same prompts, each with as many tokens as
@@ -18,6 +22,7 @@ import asyncio
 import itertools
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -38,7 +43,9 @@ from rollout_workers.worker import EPISODES_PER_SEQUENCE, Job, RolloutWorker
 ROOT = Path(__file__).parents[2]
 SEED_MODEL = ROOT / "configs" / "models" / "seed"
 MIXTURES = {"single": ("math",), "multi": ("tools",), "mixed": ("math", "code", "tools", "long_context")}
-GROUPS = {"single": 32, "multi": 16, "mixed": 16}  # per repetition
+GROUPS = {"single": 96, "multi": 48, "mixed": 64}  # per repetition
+EDGE = 1 / 8
+"""Share of a round's tokens that fills the engine, and that drains it."""
 GROUP_SIZE = 8
 REPETITIONS = 3
 numbers = itertools.count()
@@ -74,6 +81,7 @@ async def measure(folder: Path) -> dict[str, list[float]]:
             rates = await asyncio.to_thread(interleaved, measures, REPETITIONS)
             figures |= {f"tokens_per_s_{name}": values for name, values in rates.items()}
             figures[f"episode_over_raw_{mixture}"] = ratio(rates[f"{mixture}_episodes"], rates[f"{mixture}_raw"])
+            figures[f"whole_over_raw_{mixture}"] = ratio(work.whole["episodes"][-REPETITIONS:], work.whole["raw"][-REPETITIONS:])
     finally:
         await worker.shutdown()
     figures["episode_over_raw"] = [min(one) for one in zip(*(figures[f"episode_over_raw_{m}"] for m in MIXTURES), strict=True)]
@@ -87,6 +95,8 @@ class Work:
         self._worker, self._config, self._groups = worker, config, groups
         self._tasks = [self._source(env) for env in environments]
         self._done: list[Group] = []
+        self.whole: dict[str, list[float]] = defaultdict(list)
+        """Tokens/s of whole rounds, warm-up included."""
 
     def _source(self, env: str) -> Any:
         return resolve(env).tasks("train", 7, self._options(env))
@@ -96,11 +106,21 @@ class Work:
 
     async def episodes(self) -> float:
         tasks = list(islice(itertools.chain.from_iterable(zip(*self._tasks, strict=False)), self._groups))
-        began = time.perf_counter()
-        done = await asyncio.gather(*(self._worker.run_group(self._job(task)) for task in tasks))
-        seconds = time.perf_counter() - began
+        began, turns = time.perf_counter(), []
+        sample = self._worker.engine.sample
+
+        async def watched(*args: Any, **kwargs: Any) -> Completion:
+            completion = await sample(*args, **kwargs)
+            turns.append((time.perf_counter(), len(completion.token_ids)))
+            return completion
+
+        self._worker.engine.sample = watched  # type: ignore[method-assign]
+        try:
+            done = await asyncio.gather(*(self._worker.run_group(self._job(task)) for task in tasks))
+        finally:
+            self._worker.engine.sample = sample  # type: ignore[method-assign]
         self._done = [group for group, _ in done]
-        return sum(r.num_sampled for group in self._done for r in group.rollouts) / seconds
+        return self._rate("episodes", began, turns)
 
     def _job(self, task: Task) -> Job:
         e = self._config.environments[task.env]
@@ -113,14 +133,27 @@ class Work:
     async def raw(self) -> float:
         room = asyncio.Semaphore(int(self._config.rollout.max_num_seqs * EPISODES_PER_SEQUENCE))  # as many as episodes, at a time
         llm = self._worker.engine._llm
+        began, done = time.perf_counter(), []
 
-        async def again(turns: Sequence[Completion]) -> int:
+        async def again(turns: Sequence[Completion]) -> None:
             async with room:
-                return sum([await generate(llm, turn.prompt_ids.tolist(), len(turn.token_ids)) for turn in turns])
+                for turn in turns:
+                    tokens = await generate(llm, turn.prompt_ids.tolist(), len(turn.token_ids))
+                    done.append((time.perf_counter(), tokens))
 
-        began = time.perf_counter()
-        tokens = await asyncio.gather(*(again(r.completions) for group in self._done for r in group.rollouts))
-        return sum(tokens) / (time.perf_counter() - began)
+        await asyncio.gather(*(again(r.completions) for group in self._done for r in group.rollouts))
+        return self._rate("raw", began, done)
+
+    def _rate(self, how: str, began: float, turns: Sequence[tuple[float, int]]) -> float:
+        """Tokens/s in the middle of a round. `turns`: when each ended, and its tokens."""
+        total = sum(tokens for _, tokens in turns)
+        self.whole[how].append(total / (time.perf_counter() - began))
+        done, middle = 0, []
+        for ended, tokens in turns:
+            done += tokens
+            if EDGE * total <= done <= (1 - EDGE) * total:
+                middle.append((ended, tokens))
+        return sum(tokens for _, tokens in middle[1:]) / (middle[-1][0] - middle[0][0])
 
 
 async def generate(llm: Any, prompt: list[int], count: int) -> int:

@@ -88,6 +88,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made.loop.call_soon_threadsafe(made.loop.stop)
 
 
+async def until_sampled(served: Served, names: Sequence[str]) -> None:
+    """Until one of the requests has a token."""
+    while not any(len(part.token_ids) for part in served.engine.under_way(dict.fromkeys(names, 0)).values()):
+        await asyncio.sleep(0.002)
+
+
 def prompts(count: int, *, seed: int = 0, low: int = 2, high: int = 60) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(4, VOCAB, rng.integers(low, high)).tolist() for _ in range(count)]
@@ -363,11 +369,10 @@ def test_sequences_in_flight_are_restarted_from_their_prompt_where_so_configured
     served.version += 1
 
     async def load_amid_sampling() -> list[Completion]:
-        names = dict.fromkeys((f"again-{i}" for i in range(len(asked))), 0)
+        names = [f"again-{i}" for i in range(len(asked))]
         params = SamplingParams(max_tokens=400)
         work = [asyncio.create_task(served.engine.sample(p, params, request_id=n)) for n, p in zip(names, asked, strict=True)]
-        while not any(len(part.token_ids) for part in served.engine.under_way(names).values()):
-            await asyncio.sleep(0.002)
+        await until_sampled(served, names)
         await served.engine.load_weights(old + 1, seal(blob, old + 1))
         return await asyncio.gather(*work)
 
@@ -397,7 +402,7 @@ def test_new_weights_arrive_in_flight_whole_and_the_sequences_go_on(served: Serv
         asked = prompts(12, seed=8, high=30)
         served.engine._stop_ids = []  # so that they run long enough
         running = [asyncio.create_task(served.engine.sample(p, params, request_id=f"flight-{i}")) for i, p in enumerate(asked)]
-        await asyncio.sleep(1.5)
+        await until_sampled(served, [f"flight-{i}" for i in range(len(asked))])
         receipt = await served.engine.load_weights(old + 1, seal(blob, old + 1))
         return await asyncio.gather(*running), receipt
 
@@ -538,6 +543,35 @@ def test_new_draft_weights_arrive_too(served: Served) -> None:
     served.load(checkpoint(served))
     assert share("again") == usual
     assert silenced != usual
+
+
+def test_the_proof_of_an_update_waits_behind_no_sequence(served: Served) -> None:
+    """The engine is full and more wait inside it. All are long: the probes must be through before any of them ends."""
+    ended: list[float] = []
+
+    async def load_amid_a_queue() -> float:
+        async def long(number: int) -> Completion:
+            done = await served.engine.sample([5, 6], SamplingParams(max_tokens=400), request_id=f"queued-{number}")
+            ended.append(asyncio.get_running_loop().time())
+            return done
+
+        served.engine._stop_ids = []
+        running = [asyncio.create_task(long(i)) for i in range(2 * ROLLOUT.max_num_seqs)]
+        await until_sampled(served, [f"queued-{i}" for i in range(ROLLOUT.max_num_seqs)])
+        inside = len(served.engine._llm.output_processor.request_states)
+        assert ROLLOUT.max_num_seqs < inside < 2 * ROLLOUT.max_num_seqs, "some wait in the engine, and some before it"
+        await served.engine.load_weights(served.version + 1, seal(checkpoint(served), served.version + 1))
+        proved = asyncio.get_running_loop().time()
+        await asyncio.gather(*running)
+        return proved
+
+    try:
+        proved = served.run(load_amid_a_queue())
+    finally:
+        served.engine._stop_ids = [STOP]
+    served.version += 1
+    assert len(ended) == 2 * ROLLOUT.max_num_seqs
+    assert proved < min(ended)
 
 
 def test_cancelling_a_sample_frees_its_place(served: Served) -> None:
