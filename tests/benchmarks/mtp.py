@@ -4,6 +4,7 @@
     speedup_two_batch_N            k = 2 over k = 0
     auto_over_best_batch_N         an engine that chooses k, from 0 to 4, over the best of the three
     auto_k_worst                   the worst of these, of each repetition
+    control_batch_N                a second engine without drafts over the first: what a ratio between equals looks like here
     tokens_per_s_<engine>_batch_N  of the same prompts, in turns
     tokens_per_step_<engine>_batch_N   generated tokens per sequence and forward pass of the policy, that of the prompt included
     drafts_per_step_auto_batch_N   a little less than the k that it chose, since prompts count as passes
@@ -39,6 +40,7 @@ ANSWERS = {1: 48, 4: 96, 16: 256, 64: 512}  # per repetition
 ENVIRONMENTS = ("math", "code", "tools")
 SETTINGS = {
     "off": {"speculative_tokens": 0},
+    "control": {"speculative_tokens": 0},
     "two": {"speculative_tokens": 2, "auto_k": False},
     "on": {"speculative_tokens": 4, "auto_k": False},
     "auto": {"speculative_tokens": 4, "auto_k": True},
@@ -103,7 +105,8 @@ async def compare(
     best = [max(fixed) for fixed in zip(rates["on"], rates["two"], rates["off"], strict=True)]
     return {
         **{f"tokens_per_s_{name}{suffix}": values for name, values in rates.items()},
-        **{f"{figure}{suffix}": values for figure, values in steps.items() if figure != "drafts_per_step_off"},
+        **{f"{figure}{suffix}": values for figure, values in steps.items() if any(values) and "control" not in figure},
+        f"control{suffix}": ratio(rates["control"], rates["off"]),
         f"speedup{suffix}": ratio(rates["on"], rates["off"]),
         f"speedup_two{suffix}": ratio(rates["two"], rates["off"]),
         f"auto_over_best{suffix}": ratio(rates["auto"], best),
