@@ -182,3 +182,11 @@ def test_a_tokenizer_that_is_not_chatml_is_refused_with_what_to_do(tmp_path: Pat
     Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="no ChatML tokenizer"):
         ChatML(tmp_path)
+
+
+def test_the_ids_of_a_document_are_the_same_each_time_whatever_is_done_with_them(chat: ChatML) -> None:
+    document = "What is 12+34? " * 200
+    fresh = chat.encode(document)
+    assert chat.decode(fresh) == document
+    fresh.clear()
+    assert chat.decode(chat.encode(document)) == document
