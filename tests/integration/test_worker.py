@@ -105,7 +105,7 @@ def test_a_group_is_scored_and_its_summary_tells_the_truth(running: Running, env
 
 def test_every_turns_prompt_extends_the_ids_before_it(running: Running) -> None:
     turns = 0
-    for result in running.groups("tools", 3, "extends"):
+    for result in running.groups("tools", 12, "extends"):
         for rollout in ray.get(result.ref).rollouts:
             for before, after in zip(rollout.completions, rollout.completions[1:], strict=False):
                 known = [*before.prompt_ids, *before.token_ids]
