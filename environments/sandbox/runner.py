@@ -43,9 +43,9 @@ def main() -> None:
     _limit(resource.RLIMIT_NPROC, processes)
     close_the_door(seccomp)
     prove_room()
+    warm_up()
     os.write(1, b"ready\n")
     job = read_job()
-    warm_up()
     for case, value in enumerate(job["inputs"]):
         state, out = run_case(job, value)
         sweep()

@@ -14,8 +14,8 @@ from typing import Any
 PLACES_VARIABLE = "POLYRL_PROBE_PLACES"
 """Environment variable: how many of an engine's `max_num_seqs` places are for probes."""
 
-PROBE = "probe-"
-"""How the id of a probe's request begins."""
+PROBE = "/probe/"
+"""How the id of a probe's request begins, and no rollout's: those begin with a group's, which begins with a letter or a number."""
 
 
 def install() -> None:

@@ -105,7 +105,7 @@ async def compare(
     best = [max(fixed) for fixed in zip(rates["on"], rates["two"], rates["off"], strict=True)]
     return {
         **{f"tokens_per_s_{name}{suffix}": values for name, values in rates.items()},
-        **{f"{figure}{suffix}": values for figure, values in steps.items() if any(values) and "control" not in figure},
+        **{f"{figure}{suffix}": values for figure, values in steps.items() if not figure.endswith(("drafts_per_step_off", "_control"))},
         f"control{suffix}": ratio(rates["control"], rates["off"]),
         f"speedup{suffix}": ratio(rates["on"], rates["off"]),
         f"speedup_two{suffix}": ratio(rates["two"], rates["off"]),

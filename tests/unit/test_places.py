@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rollout_workers.vllm_plugin.places import keep_places
+from rollout_workers.vllm_plugin.places import PROBE, keep_places
 
 
 class Queue(list[Any]):
@@ -54,24 +54,24 @@ def add(scheduler: Scheduler, *names: str) -> None:
 def test_the_run_never_takes_the_places_of_probes(scheduler: Scheduler) -> None:
     add(scheduler, *"abcdefg")
     assert scheduler.schedule() == list("abcd")
-    add(scheduler, "probe-1", "probe-2")
-    assert sorted(scheduler.schedule()) == ["a", "b", "c", "d", "probe-1", "probe-2"]
-    scheduler.finish("probe-1")
-    scheduler.finish("probe-2")
+    add(scheduler, f"{PROBE}1", f"{PROBE}2")
+    assert set(scheduler.schedule()) == {*"abcd", f"{PROBE}1", f"{PROBE}2"}
+    scheduler.finish(f"{PROBE}1")
+    scheduler.finish(f"{PROBE}2")
     assert scheduler.schedule() == list("abcd")
     scheduler.finish("a")
     assert scheduler.schedule() == list("bcde")
 
 
 def test_a_place_that_becomes_free_while_probes_run_is_the_next_ones(scheduler: Scheduler) -> None:
-    add(scheduler, *"abcdef", "probe-1")
-    assert set(scheduler.schedule()) == {*"abcd", "probe-1"}
+    add(scheduler, *"abcdef", f"{PROBE}1")
+    assert set(scheduler.schedule()) == {*"abcd", f"{PROBE}1"}
     scheduler.finish("b")
-    assert set(scheduler.schedule()) == {*"acde", "probe-1"}
+    assert set(scheduler.schedule()) == {*"acde", f"{PROBE}1"}
 
 
 def test_more_probes_than_places_take_the_next_ones(scheduler: Scheduler) -> None:
-    add(scheduler, *"abcde", "probe-1", "probe-2", "probe-3")
+    add(scheduler, *"abcde", f"{PROBE}1", f"{PROBE}2", f"{PROBE}3")
     assert len(scheduler.schedule()) == 6
     scheduler.finish("a")
     assert "e" not in scheduler.schedule()
