@@ -1,4 +1,4 @@
-"""Mamba-2 for training without GPU kernels: a chunked scan made of matrix products, and its convolution.
+"""Mamba-2 for training: a chunked scan made of matrix products, and its convolution.
 
 The recurrence of one head, with state S [N, P] (N = state size, P = head size):
 
@@ -16,7 +16,9 @@ makes a 32k-token sequence fit and Transformers' own CPU path slow.
 The backward pass is written out, since it is the same computation run from the end. The decay needs no backward pass through
 the exponentials: by the pair form, d loss / d T_t = gy_t . y_t - u_t . gu_t.
 
-On a CPU this is bound by memory, not arithmetic. So both functions here work through blocks that stay in the cache.
+On a CPU this is bound by memory, not arithmetic. So both functions here work through blocks that stay in the cache. On a GPU
+the Triton kernels of the `mamba_ssm` package take the scan over where it is installed and the model is in half precision; in float32
+they would round to TF32.
 
 The time step is not clamped from below, as in vLLM and in the published checkpoints' `time_step_limit` of (0, inf).
 Transformers clamps it to `time_step_min` in its chunked path and not in its step-by-step path; the learner must agree
@@ -25,7 +27,8 @@ with the engine that sampled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -38,7 +41,11 @@ from learner.norm import at_least_float32, rms_norm
 from learner.shared_prefix import Shared
 
 CHUNK = 32
-"""Positions per chunk, Q. The result does not depend on it; the decay costs L*H*Q and the states L*H*P*N/Q."""
+"""Positions per chunk on a CPU, Q. The result does not depend on it; the decay costs L*H*Q and the states L*H*P*N/Q."""
+DEVICE_CHUNK = 128
+"""Positions per chunk elsewhere: states travel from chunk to chunk one kernel at a time."""
+KERNEL_CHUNK = 256
+"""Positions per chunk of `mamba_ssm`, whose kernels are tuned for it."""
 BLOCK_FLOATS = 65_536
 """Size of the largest array that a block makes on a CPU: a quarter of a MiB, so that a few of them fit the second-level cache."""
 NEGLIGIBLE = -50.0
@@ -46,7 +53,7 @@ NEGLIGIBLE = -50.0
 
 
 def chunked_scan(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *, start: Tensor | None = None, chunk: int = CHUNK
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *, start: Tensor | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence above over whole sequences, from state `start` or from zero, and add the skip d x.
 
@@ -56,7 +63,7 @@ def chunked_scan(
     """
     batch, length, heads, width = x.shape
     groups, states = b.shape[2:]
-    chunk = min(chunk, length)
+    chunk = min(chunk or (CHUNK if x.is_cpu else DEVICE_CHUNK), length)
     pad = -length % chunk
     u, decay = x * dt.unsqueeze(-1), dt * a
     if pad:  # no decay and no input in the padding: it leaves the state alone
@@ -260,17 +267,40 @@ def _mixer_forward(
 def _convolved_scan(mixer: Any, convolved: Tensor, dt: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """convolved [B, L, C], dt [B, L, H] as projected -> y [B, L, H * P] and the last state."""
     keys = mixer.n_groups * mixer.ssm_state_size
-    x, b, c = at_least_float32(convolved).split([mixer.intermediate_size, keys, keys], dim=-1)
-    y, end = chunked_scan(
+    kernel = kernels() if convolved.is_cuda and convolved.dtype != torch.float32 else None
+    x, b, c = (convolved if kernel else at_least_float32(convolved)).split([mixer.intermediate_size, keys, keys], dim=-1)
+    inputs = (
         x.unflatten(-1, (mixer.num_heads, mixer.head_dim)),
         F.softplus(at_least_float32(dt) + at_least_float32(mixer.dt_bias)),
         -torch.exp(at_least_float32(mixer.A_log)),
         b.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)),
         c.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)),
         at_least_float32(mixer.D),
-        start=start,
     )
+    y, end = chunked_scan(*inputs, start=start) if kernel is None else kernel_scan(kernel, *inputs, start=start)
     return y.flatten(-2), end
+
+
+@cache
+def kernels() -> Callable[..., Any] | None:
+    """The scan of the `mamba_ssm` package (Triton, forward and backward); None where it is not installed."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return None
+    return mamba_chunk_scan_combined  # type: ignore[no-any-return]
+
+
+def kernel_scan(
+    kernel: Callable[..., Any], x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`chunked_scan` by `kernels()`: x, b and c in half precision, sums in float32; y in half precision, states in float32."""
+    groups, states = b.shape[2:]
+    heads, width = x.shape[2:]
+    if start is not None:  # ours lie as [B, G, N, heads of the group * P], theirs as [B, H, P, N]
+        start = start.unflatten(-1, (-1, width)).permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+    y, end = kernel(x, dt, a, b, c, chunk_size=KERNEL_CHUNK, D=d, initial_states=start, return_final_states=True)
+    return y, end.view(len(x), groups, heads // groups, width, states).permute(0, 1, 4, 2, 3).flatten(-2)
 
 
 def install(mixer: nn.Module) -> None:

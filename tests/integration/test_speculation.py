@@ -1,7 +1,7 @@
 """An engine that chooses how many tokens it drafts: whatever it chooses, what it samples and says about it is the policy's.
 
-A fresh engine tries every number at every batch size first, so that k changes all the time here, and is 0 at the start. The model is the
-shipped one: the head of a random one doubts all its drafts.
+Which numbers a fresh engine tries depends on how fast its machine is, so the choice goes by turns here: k changes all the time, and every
+number has its turn. The model is the shipped one: the head of a random one doubts all its drafts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rl_core.chat import ChatML
 from rl_core.config import RolloutConfig
 from rl_core.types import Completion, SamplingParams
 from rollout_workers.engine import Engine
+from rollout_workers.vllm_plugin import auto_k
 from rollout_workers.vllm_plugin.mtp_draft import LEAST_CHANCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -30,6 +31,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
 MOST = 4
 ROLLOUT = RolloutConfig(max_num_seqs=8, max_model_len=512, max_batched_tokens=1024, speculative_tokens=MOST, auto_k=True, kv_cache_gib=0.25)
+
+
+class Turns(auto_k.AutoK):
+    """0, 1, 2, 4, 0, ... each for a stint of steps. The engine's process is forked from this one, with this class in the place of AutoK."""
+
+    steps = 0
+
+    def choose(self, batch: int) -> int:
+        return self.numbers[self.steps // auto_k.STINT % len(self.numbers)]
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        super().record(*args, **kwargs)
 
 
 class Sampled:
@@ -72,7 +86,9 @@ class Sampled:
 
 @pytest.fixture(scope="module")
 def sampled() -> Sampled:
-    return Sampled()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto_k, "AutoK", Turns)
+        return Sampled()
 
 
 def test_logprobs_are_the_policys_while_k_changes(sampled: Sampled) -> None:
@@ -88,7 +104,7 @@ def test_no_drafts_and_the_most_were_tried_and_the_counts_by_position_add_up(sam
     everything = [*sampled.drawn, *sampled.likeliest]
     assert max(len(c.positions) for c in everything) == MOST
     undrafted = [c.engine_steps - (c.positions[0][0] if c.positions else 0) for c in everything]
-    assert max(undrafted) > 20, "passes of a trial of 0, and those behind which the head doubted its first draft already"
+    assert max(undrafted) > 20, "passes of a turn of 0, and those behind which the head doubted its first draft already"
     for c in everything:
         assert (sum(d for d, _ in c.positions), sum(a for _, a in c.positions)) == (c.drafted, c.accepted)
         for (drafted, accepted), (next_drafted, next_accepted) in zip(c.positions, c.positions[1:], strict=False):
