@@ -92,9 +92,9 @@ def groups_to_compare() -> list[Group]:
     return [replace(first, rollouts=(replace(stale, completions=(turn,)), *fresh)), *others]
 
 
-def gradients(rank: int, folder: Path, *, name: str, **changes: Any) -> Any:
+def gradients(rank: int, folder: Path, *, name: str, dtype: str = "float32", **changes: Any) -> Any:
     """Store the gradients of one batch, as every rank sees them after averaging, in `<name>-<rank>.safetensors`."""
-    learner = make(folder, **changes)
+    learner = make(folder, dtype=getattr(torch, dtype), **changes)
     metrics = learner.accumulate(groups_to_compare())
     found = {name: safe_get_full_grad(p) for name, p in learner.model.named_parameters() if p.requires_grad}
     safetensors.torch.save_file({name: g.contiguous() for name, g in found.items() if g is not None}, folder / f"{name}-{rank}.safetensors")
@@ -146,7 +146,7 @@ def llama(rank: int, folder: Path) -> Any:
     learner = Learner(PolicyModel.from_pretrained(path), small_config(), temperatures=TEMPERATURES, max_staleness=0)
     before = weights(learner)
     learner.accumulate(groups)
-    found = {name.removeprefix("lm."): safe_get_full_grad(p) for name, p in learner.model.named_parameters()}
+    found = {name.removeprefix("lm."): safe_get_full_grad(p).cpu() for name, p in learner.model.named_parameters()}
     stats = learner.apply()
     learner.save(folder / "llama-run")
 
@@ -177,7 +177,7 @@ def exported(rank: int, folder: Path) -> Any:
     learner.save(folder / "export-run")
     counts = export(folder / "export-run" / "step-000000" / "model", folder / "export")
     again = PolicyModel.from_pretrained(folder / "export").engine_state()
-    same = all(torch.equal(tensor, again[name]) for name, tensor in learner.model.engine_state().items())
+    same = all(torch.equal(tensor.cpu(), again[name]) for name, tensor in learner.model.engine_state().items())
     (folder / "export" / "model.safetensors").write_bytes(
         safetensors.torch.save({name: t.contiguous() for name, t in again.items() if name != "lm_head.weight"}, metadata={"format": "pt"})
     )
@@ -244,7 +244,7 @@ def adapters(rank: int, folder: Path, *, lora: dict[str, Any]) -> Any:
         "starts_as": all(torch.equal(tensor, start[name]) for name, tensor in original.items()),
         "names": sorted(published) == sorted(original),
         "changed": sorted(name for name, tensor in published.items() if not torch.equal(tensor, start[name])),
-        "same_model": all(torch.equal(tensor, published[name]) for name, tensor in whole.model.engine_state().items()),
+        "same_model": all(torch.equal(tensor.cpu(), published[name]) for name, tensor in whole.model.engine_state().items()),
         "trained": sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in mine if not name.startswith("mtp.")}),
         "losses": losses,
         "errors": errors,
@@ -308,7 +308,7 @@ def bandit(rank: int, folder: Path, *, count: int) -> Any:
         ids, logprobs = torch.tensor([prompt]).repeat(32, 1), torch.empty(32, 0)
         for _ in range(3):
             with torch.no_grad():
-                distribution = learner.model.logits(learner.model(ids)[:, -1]).log_softmax(-1)
+                distribution = learner.model.logits(learner.model(ids.to(learner.device))[:, -1]).log_softmax(-1).cpu()
             token = torch.multinomial(distribution.exp(), 1, generator=rng)
             ids, logprobs = torch.cat([ids, token], 1), torch.cat([logprobs, distribution.gather(1, token)], 1)
         rows = list(zip(ids[:, len(prompt) :].tolist(), logprobs.tolist(), strict=True))
