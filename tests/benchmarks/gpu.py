@@ -1,4 +1,4 @@
-"""The learner's step on a GPU, in bfloat16: a hybrid of 1.2 billion parameters with its MTP head, random weights, rows of 8k and 32k tokens.
+"""The learner's step on a GPU in bfloat16: a hybrid of 1.2 billion parameters with its MTP head, random weights, long rows.
 
 step_s_8k|32k                  seconds of a whole step (gradients, guard, clip, AdamW) over 65,536 tokens, each row a prompt of its own
 tokens_per_s_8k|32k            of it
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ def hybrid() -> NemotronHConfig:
         layers_block_type=[*["linear_attention", "moe"] * 3, "full_attention"] * 4,
         num_attention_heads=32, num_key_value_heads=8, head_dim=64, intermediate_size=4096, max_position_embeddings=65536,
         mamba_num_heads=64, mamba_head_dim=64, ssm_state_size=128, n_groups=8, conv_kernel=4, chunk_size=256,
-        n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=1024, moe_shared_expert_intermediate_size=2048, moe_latent_size=512,
-        num_nextn_predict_layers=1, mtp_layers_block_type=["full_attention", "moe"], initializer_range=0.02,
+        n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=1024, moe_shared_expert_intermediate_size=2048,
+        moe_latent_size=512, num_nextn_predict_layers=1, mtp_layers_block_type=["full_attention", "moe"], initializer_range=0.02,
         pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
 
@@ -74,11 +75,12 @@ def measure(config: NemotronHConfig, repetitions: int) -> dict[str, list[float]]
     for name, (length, rows) in LENGTHS.items():
         tokens = length * rows
         apart, together = ([group(length, rows, 0, apart=flag)] for flag in (True, False))
-        steps: dict[str, Callable[[], float]] = {"own": lambda batch=apart: step(learner, batch, own=True)}  # type: ignore[misc]
-        if mamba_scan.kernels() is not None:
-            steps["kernels"] = lambda batch=apart: step(learner, batch, own=False)  # type: ignore[misc]
-        best = list(steps)[-1]
-        steps["shared"] = lambda batch=together: step(learner, batch, own=best == "own")  # type: ignore[misc]
+        best = "own" if mamba_scan.kernels() is None else "kernels"
+        steps: dict[str, Callable[[], float]] = {
+            "own": partial(step, learner, apart, own=True),
+            best: partial(step, learner, apart, own=best == "own"),
+            "shared": partial(step, learner, together, own=best == "own"),
+        }
         seconds = interleaved(steps, repetitions)
         note(f"step_s_{name}", seconds[best])
         note(f"tokens_per_s_{name}", [tokens / s for s in seconds[best]])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.mamba_scan import causal_conv_silu, chunked_scan
+from learner.mamba_scan import causal_conv_silu, chunked_scan, kernel_scan
 from learner.moe import SortedExperts, route
 from learner.norm import rms_norm
 from learner.token_logprobs import head_logprobs
@@ -79,6 +79,37 @@ def test_a_scan_that_starts_from_a_state_goes_on_as_if_it_had_not_stopped(cut: i
     got = torch.autograd.grad((torch.cat([first, second], 1) * pull).sum() + (last * pull_end).sum(), inputs)
     for mine, its in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, its, atol=1e-11, rtol=1e-9)
+
+
+def by_definition(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *, chunk_size: int, D: Tensor, initial_states: Tensor | None,
+    return_final_states: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The recurrence with the arguments and layouts of `mamba_ssm`'s kernels: states [B, H, P, N]."""
+    assert return_final_states
+    heads = x.shape[2]
+    b, c = (t.repeat_interleave(heads // t.shape[2], 2) for t in (b, c))
+    state = x.new_zeros(len(x), heads, x.shape[3], b.shape[3]) if initial_states is None else initial_states
+    out = []
+    for t in range(x.shape[1]):
+        added = (dt[:, t, :, None] * x[:, t]).unsqueeze(-1) * b[:, t].unsqueeze(2)
+        state = (dt[:, t] * a).exp()[..., None, None] * state + added
+        out.append((state * c[:, t].unsqueeze(2)).sum(-1) + D[:, None] * x[:, t])
+    return torch.stack(out, 1), state
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("starts", [True, False])
+def test_states_reach_the_kernels_and_come_back_in_their_layout(groups: int, starts: bool) -> None:
+    """Whether the kernels themselves are right shows on a GPU alone: tests/integration/test_gpu.py."""
+    inputs = scan_inputs(20, groups, torch.float64)
+    start = chunked_scan(*(t.detach() for t in scan_inputs(9, groups, torch.float64)))[1].requires_grad_() if starts else None
+    leaves = [*inputs, *([] if start is None else [start])]
+    ours, theirs = chunked_scan(*inputs, start=start), kernel_scan(by_definition, *inputs, start=start)
+    pulls = [torch.randn_like(t) for t in ours]
+    gradients = [torch.autograd.grad(sum((t * p).sum() for t, p in zip(found, pulls, strict=True)), leaves) for found in (ours, theirs)]
+    for mine, wanted in zip((*ours, *gradients[0]), (*theirs, *gradients[1]), strict=True):
+        assert torch.allclose(mine, wanted, atol=1e-10)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9])
