@@ -55,7 +55,6 @@ def test_the_kernels_compute_what_the_chunked_scan_does(length: int) -> None:
     inputs = scan_inputs(length, torch.bfloat16)
     wanted = outputs_and_gradients(mamba_scan.chunked_scan, inputs, "cpu", torch.float64)
     found = outputs_and_gradients(lambda *args, start: mamba_scan.kernel_scan(kernel, *args, start=start), inputs, "cuda")
-    print(length, far(found, wanted))
     assert max(far(found, wanted)) < 0.02
 
 

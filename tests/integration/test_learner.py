@@ -192,9 +192,8 @@ def test_gradients_in_bfloat16_point_where_those_of_the_formula_do(folder: Path,
     assert set(got) == set(expected)
     for part in ("", "lm.", "mtp."):
         a, b = (torch.cat([g[n].double().flatten() for n in sorted(g) if n.startswith(part)]) for g in (got, expected))
-        print(name, part, float(torch.dot(a, b) / (a.norm() * b.norm())), float(a.norm() / b.norm()))
-        assert torch.dot(a, b) / (a.norm() * b.norm()) > 0.98
-        assert a.norm() == pytest.approx(float(b.norm()), rel=0.05)
+        assert torch.dot(a, b) / (a.norm() * b.norm()) > 0.999
+        assert a.norm() == pytest.approx(float(b.norm()), rel=0.02)
     assert one[name][0]["learner/loss"] == pytest.approx(one["reference"][0], rel=2e-2)
 
 
