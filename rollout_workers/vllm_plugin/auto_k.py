@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 AUTO_VARIABLE = "POLYRL_AUTO_K"
-"""Environment variable: set to 1 in the process of an engine that chooses k."""
+"""Environment variable: set to 1 in the process of an engine that chooses k, or to the name of another way of choosing (`CHOOSERS`)."""
 
 STINT = 8
 """Measured steps of a trial, and at least that many of the best k between two."""
@@ -222,6 +222,23 @@ class AutoK:
         return self._buckets[size]
 
 
+class Turns(AutoK):
+    """0, 1, 2, 4, 0, ... each for a few steps, whatever it brings: for tests, since what AutoK tries depends on how fast its machine is."""
+
+    each = 3
+    steps = 0
+
+    def choose(self, batch: int) -> int:
+        return self.numbers[self.steps // self.each % len(self.numbers)]
+
+    def record(self, batch: int, k: int, brought: Sequence[int], seconds: float, *, prompt: int = 0) -> None:
+        self.steps += 1
+        super().record(batch, k, brought, seconds, prompt=prompt)
+
+
+CHOOSERS = {"1": AutoK, "turns": Turns}
+
+
 MOST_PROMPT = 512
 """Prompt tokens beyond which a step is not counted: reading a long document is another kind of work."""
 
@@ -275,8 +292,9 @@ def install() -> None:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
-        if self.num_spec_tokens and os.environ.get(AUTO_VARIABLE) == "1":  # asked now: a forked process inherits the patch
-            watch(self, AutoK(self.num_spec_tokens))
+        chooser = CHOOSERS.get(os.environ.get(AUTO_VARIABLE, "0"))  # asked now: a forked process inherits the patch
+        if self.num_spec_tokens and chooser is not None:
+            watch(self, chooser(self.num_spec_tokens))
 
     Scheduler.__init__ = __init__
     Scheduler.polyrl_auto_k = True

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE
+from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE, CHOOSERS
 from rollout_workers.vllm_plugin.latent_moe import FEW_OPERATIONS
 from rollout_workers.vllm_plugin.raw_weights import Views, raw_weight
 
@@ -218,7 +218,7 @@ def head_of(proposer: Any) -> Head:
     if getattr(proposer, "polyrl_head", None) is None:
         import vllm.envs as envs
 
-        least_chance = LEAST_CHANCE if os.environ.get(AUTO_VARIABLE) == "1" else 0.0  # a fixed k means k drafts, come what may
+        least_chance = LEAST_CHANCE if os.environ.get(AUTO_VARIABLE) in CHOOSERS else 0.0  # a fixed k means k drafts, come what may
         proposer.polyrl_head = Head(proposer.model, proposer.block_size, proposer.dtype, envs.VLLM_CPU_ATTN_SPLIT_KV, least_chance)
     return proposer.polyrl_head  # type: ignore[no-any-return]
 

@@ -22,8 +22,9 @@ from learner.model import PolicyModel
 from rl_core.chat import ChatML
 from rl_core.config import RolloutConfig
 from rl_core.types import Completion, SamplingParams
+from rollout_workers import engine as engines
 from rollout_workers.engine import Engine
-from rollout_workers.vllm_plugin import auto_k
+from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE
 from rollout_workers.vllm_plugin.mtp_draft import LEAST_CHANCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -31,19 +32,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SEED_MODEL = Path(__file__).parents[2] / "configs" / "models" / "seed"
 MOST = 4
 ROLLOUT = RolloutConfig(max_num_seqs=8, max_model_len=512, max_batched_tokens=1024, speculative_tokens=MOST, auto_k=True, kv_cache_gib=0.25)
-
-
-class Turns(auto_k.AutoK):
-    """0, 1, 2, 4, 0, ... each for a stint of steps. The engine's process is forked from this one, with this class in the place of AutoK."""
-
-    steps = 0
-
-    def choose(self, batch: int) -> int:
-        return self.numbers[self.steps // auto_k.STINT % len(self.numbers)]
-
-    def record(self, *args: Any, **kwargs: Any) -> None:
-        self.steps += 1
-        super().record(*args, **kwargs)
 
 
 class Sampled:
@@ -86,8 +74,9 @@ class Sampled:
 
 @pytest.fixture(scope="module")
 def sampled() -> Sampled:
+    asked = engines.environment
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auto_k, "AutoK", Turns)
+        patch.setattr(engines, "environment", lambda rollout: asked(rollout) | {AUTO_VARIABLE: "turns"})
         return Sampled()
 
 

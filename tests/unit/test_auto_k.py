@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rollout_workers.vllm_plugin.auto_k import STINT, AutoK, split, watch
+from rollout_workers.vllm_plugin.auto_k import STINT, AutoK, Turns, split, watch
 
 
 class Machine:
@@ -177,3 +177,11 @@ def test_a_watched_scheduler_tells_what_each_number_brought() -> None:
         scheduler.update_from_output(scheduler.schedule(), None)
     assert auto._buckets[1].stints >= 3
     assert [auto.tokens(k) for k in (0, 1, 2)] == pytest.approx([1, 2, 3]), "a step that began under another number would show"
+
+
+def test_by_turns_every_number_comes_whatever_it_brings() -> None:
+    turns, seen = Turns(4), []
+    for _ in range(2 * 4 * Turns.each):
+        seen.append(k := turns.choose(1))
+        turns.record(1, k, [1], 1.0 + k)
+    assert seen == [k for _ in range(2) for k in (0, 1, 2, 4) for _ in range(Turns.each)]
