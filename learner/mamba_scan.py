@@ -45,7 +45,7 @@ CHUNK = 32
 DEVICE_CHUNK = 128
 """Positions per chunk elsewhere: states travel from chunk to chunk one kernel at a time."""
 KERNEL_CHUNK = 256
-"""Positions per chunk of `mamba_ssm`, whose kernels are tuned for it."""
+"""Positions per chunk of `mamba_ssm`: what its own layers take by default."""
 BLOCK_FLOATS = 65_536
 """Size of the largest array that a block makes on a CPU: a quarter of a MiB, so that a few of them fit the second-level cache."""
 NEGLIGIBLE = -50.0
@@ -267,7 +267,7 @@ def _mixer_forward(
 def _convolved_scan(mixer: Any, convolved: Tensor, dt: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """convolved [B, L, C], dt [B, L, H] as projected -> y [B, L, H * P] and the last state."""
     keys = mixer.n_groups * mixer.ssm_state_size
-    kernel = kernels() if convolved.is_cuda and convolved.dtype != torch.float32 else None
+    kernel = kernels() if convolved.is_cuda and convolved.dtype in (torch.bfloat16, torch.float16) else None
     x, b, c = (convolved if kernel else at_least_float32(convolved)).split([mixer.intermediate_size, keys, keys], dim=-1)
     inputs = (
         x.unflatten(-1, (mixer.num_heads, mixer.head_dim)),
