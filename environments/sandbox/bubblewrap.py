@@ -1,4 +1,4 @@
-"""The daemonless backend: one bubblewrap per program, no root needed, about 60 ms a verdict.
+"""The daemonless backend: one bubblewrap per program, no root needed, about 45 ms a verdict.
 
     cgroup (memory, pids; where writable) > bwrap: new mount, pid, net, ipc, uts, cgroup namespaces > runner.py > one child per input
 
