@@ -64,7 +64,7 @@ class PolicyModel(nn.Module):
             mtp = MTPHead(lm.config)
             wanted = mtp.state_dict()
             mtp.load_state_dict(_stack_experts({name: tensor.to(dtype) for name, tensor in stored.items()}, wanted))
-            mtp = _cast(mtp, dtype)
+            mtp = cast(mtp, dtype)
         return PolicyModel(lm, mtp)
 
     @staticmethod
@@ -316,7 +316,7 @@ def _install_fast_paths(lm: Any) -> None:
             moe.install(block.mixer)
 
 
-def _cast(module: Any, dtype: torch.dtype) -> Any:
+def cast(module: Any, dtype: torch.dtype) -> Any:
     """To `dtype`, except for the router's balancing bias, which is float32 everywhere."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""The learner's step on a GPU in bfloat16: a hybrid of 1.2 billion parameters with its MTP head, random weights, long rows.
+"""The learner's step on a GPU in bfloat16: a hybrid of 1.26 billion parameters with its MTP head, random weights, long rows.
 
 step_s_8k|32k                  seconds of a whole step (gradients, guard, clip, AdamW) over 65,536 tokens, each row a prompt of its own
 tokens_per_s_8k|32k            of it
@@ -26,7 +26,7 @@ from infra.bench import interleaved, ratio
 from infra.errors import UsageError
 from learner import mamba_scan
 from learner.learner import Learner
-from learner.model import PolicyModel, _cast
+from learner.model import PolicyModel, cast
 from learner.optimizer import solo
 from rl_core.types import Group
 from tests.benchmarks.learner import ENV, SETTINGS, group, take
@@ -66,7 +66,7 @@ def measure(config: NemotronHConfig, repetitions: int) -> dict[str, list[float]]
 
     with torch.device("cuda"):
         model = PolicyModel.from_config(config, seed=0)
-    model = _cast(model, torch.bfloat16)
+    model = cast(model, torch.bfloat16)
     note("billions", [sum(p.numel() for p in model.parameters()) / 1e9])
     settings = replace(SETTINGS, learning_rate=1e-6, spike_factor=0.0, zero_stage=1)
     learner = Learner(model, settings, temperatures={ENV: 1.0}, max_staleness=10**6)

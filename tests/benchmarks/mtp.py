@@ -6,7 +6,8 @@
     auto_k_worst                   the smallest of their medians
     control_batch_N                a second engine without drafts over the first: what a ratio between equals looks like here
     tokens_per_s_<engine>_batch_N  of the same prompts, in turns
-    tokens_per_step_<engine>_batch_N   generated tokens per sequence and forward pass of the policy, that of the prompt included
+    tokens_per_step_<engine>_batch_N   generated tokens per sequence and forward pass of the policy, that of the prompt included; of
+                                   auto too high, since passes without drafts are undercounted (`Completion.engine_steps`)
     drafts_per_step_auto_batch_N   a little less than the k that it chose, since prompts count as passes
     acceptance_<engine>_<j>        accepted over proposed, of j-th drafts
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rl_core.types import Completion, Group, Message, Rollout, Status, Task, Verdict, VersionSpan
 
@@ -28,13 +29,14 @@ def run_ranks(num_ranks: int, folder: Path, plan: Sequence[tuple[str, str, dict[
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    on_gpus = torch.cuda.device_count() >= num_ranks  # NCCL wants one for each rank; fewer, and all go to the CPU
     outs = [folder / f"out-{num_ranks}-{rank}.json" for rank in range(num_ranks)]
     program = [sys.executable, "-m", "tests.integration.learner_scenarios"]
     processes = [
         subprocess.Popen(
             [*program, str(rank), str(num_ranks), str(port), str(folder), json.dumps(plan), str(out)],
             cwd=ROOT,
-            env=environment,
+            env=environment | {"CUDA_VISIBLE_DEVICES": str(rank) if on_gpus else ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ def scan_inputs(length: int, dtype: torch.dtype, groups: int = 2) -> list[Tensor
     return [low[0], dt, a, low[1], low[2], d, start]
 
 
-def outputs_and_gradients(scan, inputs: list[Tensor], device: str, dtype: torch.dtype | None = None) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def outputs_and_gradients(scan: Callable[..., Any], inputs: list[Tensor], device: str, dtype: torch.dtype | None = None) -> list[Tensor]:
     """y, the last state, and the gradients of all inputs, in float64 on the CPU."""
     leaves = [t.to(device, dtype or t.dtype).requires_grad_() for t in inputs]
     y, end = scan(*leaves[:-1], start=leaves[-1])

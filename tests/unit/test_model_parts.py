@@ -14,18 +14,20 @@ from learner.token_logprobs import head_logprobs
 torch.set_num_threads(1)
 
 
-def step_by_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """The recurrence as it is defined, one position at a time."""
+def step_by_step(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The recurrence as it is defined, one position at a time; states [B, H, N, P]."""
     batch, length, heads, width = x.shape
     per_group = heads // b.shape[2]
     b, c = b.repeat_interleave(per_group, 2), c.repeat_interleave(per_group, 2)
-    state = x.new_zeros(batch, heads, b.shape[-1], width)
+    state = x.new_zeros(batch, heads, b.shape[-1], width) if state is None else state
     out = []
     for t in range(length):
         decay = (dt[:, t] * a).exp()[..., None, None]
         state = decay * state + b[:, t, :, :, None] * (dt[:, t, :, None] * x[:, t])[:, :, None, :]
         out.append((c[:, t, :, :, None] * state).sum(2) + d[:, None] * x[:, t])
-    return torch.stack(out, 1)
+    return torch.stack(out, 1), state
 
 
 def scan_inputs(length: int, groups: int, dtype: torch.dtype, fast: float = 1.0) -> list[Tensor]:
@@ -41,7 +43,7 @@ def scan_inputs(length: int, groups: int, dtype: torch.dtype, fast: float = 1.0)
 @pytest.mark.parametrize(("length", "chunk"), [(1, 32), (5, 32), (32, 32), (33, 32), (50, 8), (64, 8)])
 def test_the_chunked_scan_and_its_gradients_are_the_recurrence_to_float64_precision(length: int, chunk: int, groups: int) -> None:
     inputs = scan_inputs(length, groups, torch.float64)
-    ours, theirs = chunked_scan(*inputs, chunk=chunk)[0], step_by_step(*inputs)
+    ours, theirs = chunked_scan(*inputs, chunk=chunk)[0], step_by_step(*inputs)[0]
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
     pull = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for mine, its in zip(torch.autograd.grad((ours * pull).sum(), inputs), torch.autograd.grad((theirs * pull).sum(), inputs), strict=True):
@@ -51,7 +53,7 @@ def test_the_chunked_scan_and_its_gradients_are_the_recurrence_to_float64_precis
 @pytest.mark.parametrize("fast", [0.01, 1.0, 30.0])
 def test_float32_keeps_five_digits_from_slow_to_violent_decay(fast: float) -> None:
     """fast = 30 decays by exp(-300) within a few positions: nothing may overflow on the masked side of the chunk."""
-    exact = step_by_step(*scan_inputs(200, 2, torch.float64, fast))
+    exact, _ = step_by_step(*scan_inputs(200, 2, torch.float64, fast))
     ours, _ = chunked_scan(*scan_inputs(200, 2, torch.float32, fast))
     assert torch.isfinite(ours).all()
     assert (ours - exact).abs().max() / exact.abs().max() < 1e-5
@@ -81,21 +83,14 @@ def test_a_scan_that_starts_from_a_state_goes_on_as_if_it_had_not_stopped(cut: i
         torch.testing.assert_close(mine, its, atol=1e-11, rtol=1e-9)
 
 
-def by_definition(
+def as_kernels(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *, chunk_size: int, D: Tensor, initial_states: Tensor | None,
     return_final_states: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The recurrence with the arguments and layouts of `mamba_ssm`'s kernels: states [B, H, P, N]."""
+    """`step_by_step` with the arguments and layouts of `mamba_ssm`'s kernels: states [B, H, P, N]."""
     assert return_final_states
-    heads = x.shape[2]
-    b, c = (t.repeat_interleave(heads // t.shape[2], 2) for t in (b, c))
-    state = x.new_zeros(len(x), heads, x.shape[3], b.shape[3]) if initial_states is None else initial_states
-    out = []
-    for t in range(x.shape[1]):
-        added = (dt[:, t, :, None] * x[:, t]).unsqueeze(-1) * b[:, t].unsqueeze(2)
-        state = (dt[:, t] * a).exp()[..., None, None] * state + added
-        out.append((state * c[:, t].unsqueeze(2)).sum(-1) + D[:, None] * x[:, t])
-    return torch.stack(out, 1), state
+    y, end = step_by_step(x, dt, a, b, c, D, None if initial_states is None else initial_states.mT)
+    return y, end.mT.contiguous()
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -105,7 +100,7 @@ def test_states_reach_the_kernels_and_come_back_in_their_layout(groups: int, sta
     inputs = scan_inputs(20, groups, torch.float64)
     start = chunked_scan(*(t.detach() for t in scan_inputs(9, groups, torch.float64)))[1].requires_grad_() if starts else None
     leaves = [*inputs, *([] if start is None else [start])]
-    ours, theirs = chunked_scan(*inputs, start=start), kernel_scan(by_definition, *inputs, start=start)
+    ours, theirs = chunked_scan(*inputs, start=start), kernel_scan(as_kernels, *inputs, start=start)
     pulls = [torch.randn_like(t) for t in ours]
     gradients = [torch.autograd.grad(sum((t * p).sum() for t, p in zip(found, pulls, strict=True)), leaves) for found in (ours, theirs)]
     for mine, wanted in zip((*ours, *gradients[0]), (*theirs, *gradients[1]), strict=True):
