@@ -125,10 +125,19 @@ class Gate:
         if width < 1:
             raise ValueError(f"{width} concurrent sandboxes; wanted at least 1")
         self.width = width
+        self.waiting = 0
+        """Programs that found no room yet."""
         self._room = threading.BoundedSemaphore(width)
+        self._count = threading.Lock()
 
     def __enter__(self) -> None:
-        self._room.acquire()
+        with self._count:
+            self.waiting += 1
+        try:
+            self._room.acquire()
+        finally:
+            with self._count:
+                self.waiting -= 1
 
     def __exit__(self, *_: object) -> None:
         self._room.release()

@@ -30,6 +30,14 @@ _JOIN_THEN = 'echo 500 2>/dev/null >/proc/self/oom_score_adj; for f in $JOIN; do
 """Where memory runs out on the machine, programs go before engines and learners; then into the control groups."""
 
 
+PATIENCE_S = 0.25
+"""How long a program may take as idle work, in what engines and learners leave of the processors: enough for nearly all where a
+processor is free half the time. Where none ever is, each verdict is later by so much, which is little beside an episode and beside a
+program's own time limits."""
+
+BACKLOG = 2
+"""Programs that wait for each that runs, beyond which nobody is patient."""
+
 LEAVE_S = 0.5
 """A runner whose cases are settled ends within milliseconds; one that something holds up is killed after this."""
 
@@ -97,10 +105,13 @@ class BubblewrapSandbox(Sandbox):
             return SandboxResult(kind="infra_error", stdout=b"", stderr_tail=f"{type(error).__name__}: {error}", wall_s=0.0)
         stdin, stdout, stderr = streams = _streams(process)
         kind: Kind = "infra_error"
+        pipes = Pipes(stdin.fileno(), stdout.fileno(), stderr.fileno())
         try:
-            kind, transcript = pump(Pipes(stdin.fileno(), stdout.fileno(), stderr.fileno()), payload, job.limits, cases=len(job.inputs))
+            patience_s = PATIENCE_S if self._gate.waiting <= BACKLOG * self._gate.width else 0.0
+            hurry = group.hurry if group else None
+            kind, transcript = pump(pipes, payload, job.limits, cases=len(job.inputs), hurry=hurry, patience_s=patience_s)
         finally:
-            _end(process, patience_s=LEAVE_S if kind == "finished" else 0.0)
+            _end(process, patience_s=LEAVE_S if kind == "finished" else 0.0, group=group)
             for stream in streams:
                 stream.close()
         if kind != "infra_error" and group is not None and group.out_of_memory:
@@ -155,11 +166,15 @@ class BubblewrapSandbox(Sandbox):
         return [*mounts, "--remount-ro", "/"]
 
 
-def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
+def _end(process: subprocess.Popen[bytes], patience_s: float, group: Cgroup | None) -> None:
     """End bwrap, and so its process namespace, and so everything that the program started.
 
     A bwrap that ends by itself collects its runner. A killed one leaves a zombie to process 1 of the machine, which may take its time.
     """
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(min(patience_s, PATIENCE_S))
+    if group is not None and process.poll() is None:
+        group.hurry()  # to end takes a moment of the processor, too
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(patience_s)
     with contextlib.suppress(ProcessLookupError):

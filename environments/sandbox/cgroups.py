@@ -1,5 +1,8 @@
 """Memory, process and processor limits over a whole tree of processes, where this process may write to cgroups (v1 or v2).
 
+A group begins as idle work (Linux 5.15): it runs in what engines and learners leave of the processors and is never in their way, until
+`hurry` gives it the weight of any other process. Its own memory, process and processor limits hold all the time.
+
 Resource limits bind single processes; a control group binds all that a program forks. Without the right to make one, a
 sandbox still has the former: `CgroupFactory.open` then returns None.
 """
@@ -18,8 +21,9 @@ _ROOT = Path("/sys/fs/cgroup")
 _OVERHEAD = 8
 """Processes of the sandbox itself beside the program's."""
 
-_SWAP = ("memory.swap.max", "memory.memsw.limit_in_bytes")
-"""There only where the kernel accounts for swap. v2 counts swap alone, v1 counts memory and swap together."""
+_IDLE = "cpu.idle"
+_OPTIONAL = ("memory.swap.max", "memory.memsw.limit_in_bytes", _IDLE)
+"""There only where the kernel accounts for swap (v2 counts swap alone, v1 counts memory and swap together) and knows idle groups."""
 
 
 class Cgroup:
@@ -32,6 +36,12 @@ class Cgroup:
     def joins(self) -> list[str]:
         """Files into which a process writes its id to join."""
         return [str(folder / "cgroup.procs") for folder in self.folders]
+
+    def hurry(self) -> None:
+        """Idle work no longer."""
+        for folder in self.folders:
+            if (folder / _IDLE).exists():
+                (folder / _IDLE).write_text("0")
 
     @property
     def out_of_memory(self) -> bool:
@@ -102,7 +112,7 @@ class CgroupFactory:
             for folder, files in zip(group.folders, settings.values(), strict=True):
                 folder.mkdir()
                 for file, value in files.items():
-                    if file not in _SWAP or (folder / file).exists():
+                    if file not in _OPTIONAL or (folder / file).exists():
                         (folder / file).write_text(value)
         except OSError:
             group.remove()
@@ -114,6 +124,8 @@ class CgroupFactory:
         memory, processes = str(limits.memory_mb << 20), str(limits.processes + _OVERHEAD)
         if self._v2:
             together = {"memory.max": memory, "memory.swap.max": "0", "pids.max": processes}
-            return {"": together | ({"cpu.max": "100000 100000"} if self._with_cpu else {})}
-        apart = {"memory": {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes": memory}, "pids": {"pids.max": processes}}
-        return apart | ({"cpu": {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000"}} if self._with_cpu else {})
+            return {"": together | ({"cpu.max": "100000 100000", _IDLE: "1"} if self._with_cpu else {})}
+        processor = {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000", _IDLE: "1"}
+        return ({"cpu": processor} if self._with_cpu else {}) | {
+            "memory": {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes": memory}, "pids": {"pids.max": processes},
+        }  # fmt: skip

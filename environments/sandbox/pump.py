@@ -5,9 +5,11 @@ Backends give a `Channel`: raw file descriptors for bubblewrap, a multiplexed so
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,29 +57,36 @@ class Transcript:
 
 
 def pump(
-    channel: Channel, payload: bytes, limits: Limits, *, cases: int = 0, said: bytes = b"", until_ready: bool = False
-) -> tuple[Kind, Transcript]:
+    channel: Channel, payload: bytes, limits: Limits, *, cases: int = 0, said: bytes = b"", until_ready: bool = False,
+    hurry: Callable[[], None] | None = None, patience_s: float = 0.0,
+) -> tuple[Kind, Transcript]:  # fmt: skip
     """Write `payload`, read until `cases` are settled or the runner ends. The kind is finished, timeout, output_limit, or
     infra_error (never said ready).
 
     With `until_ready`, stop after READY: the runner then waits for a job, warm. The pump that brings the job says that it was `said`.
+    `hurry` is called once, where that takes longer than `patience_s`.
     """
     transcript = Transcript(stdout=bytearray(said))
-    deadline = time.monotonic() + limits.wall_s
+    began = time.monotonic()
+    deadline = began + limits.wall_s
     pending = memoryview(payload)
     kind: Kind = "finished"
     while channel.open and kind == "finished" and not (transcript.ready if until_ready else transcript.settled(cases)):
-        left = deadline - time.monotonic()
-        if left <= 0:
+        now = time.monotonic()
+        if now >= deadline:
             kind = "timeout"
             break
+        if hurry is not None and now >= began + patience_s:
+            hurry()
+            hurry = None
+        left = (deadline if hurry is None else min(deadline, began + patience_s)) - now
         readers, writers = channel.filenos()
         poll = select.poll()
         for fd in readers:
             poll.register(fd, select.POLLIN)
         for fd in writers if pending else ():
             poll.register(fd, select.POLLOUT | (select.POLLIN if fd in readers else 0))
-        for fd, events in poll.poll(left * 1000):
+        for fd, events in poll.poll(math.ceil(left * 1000)):
             if fd in readers and events & ~select.POLLOUT:
                 for stream, data in channel.read(fd):
                     (transcript.stdout if stream == "out" else transcript.stderr).extend(data)

@@ -3,7 +3,7 @@
 episode_over_raw_single    math: one turn, no tool
 episode_over_raw_multi     tools: up to six turns, each of which waits for its environment
 episode_over_raw_mixed     the four environments of the quickstart together, in equal parts
-episode_over_raw           the lowest of the three, of each repetition
+episode_over_raw           the smallest of the three medians
 tokens_per_s_<what>_<how>  generated tokens/s, `episodes` and `raw`
 whole_over_raw_<what>      the same from the first request to the last verdict
 
@@ -26,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import ray
@@ -43,11 +44,11 @@ from rollout_workers.worker import EPISODES_PER_SEQUENCE, Job, RolloutWorker
 ROOT = Path(__file__).parents[2]
 SEED_MODEL = ROOT / "configs" / "models" / "seed"
 MIXTURES = {"single": ("math",), "multi": ("tools",), "mixed": ("math", "code", "tools", "long_context")}
-GROUPS = {"single": 96, "multi": 48, "mixed": 64}  # per repetition
+GROUPS = {"single": 192, "multi": 48, "mixed": 64}  # per repetition
 EDGE = 1 / 8
 """Share of a round's tokens that fills the engine, and that drains it."""
 GROUP_SIZE = 8
-REPETITIONS = 3
+REPETITIONS = 9
 numbers = itertools.count()
 
 
@@ -84,7 +85,8 @@ async def measure(folder: Path) -> dict[str, list[float]]:
             figures[f"whole_over_raw_{mixture}"] = ratio(work.whole["episodes"][-REPETITIONS:], work.whole["raw"][-REPETITIONS:])
     finally:
         await worker.shutdown()
-    figures["episode_over_raw"] = [min(one) for one in zip(*(figures[f"episode_over_raw_{m}"] for m in MIXTURES), strict=True)]
+    # Not the worst of each repetition: the smallest of three ratios that are each a few percent off is below 1 for equals, too.
+    figures["episode_over_raw"] = [min(median(figures[f"episode_over_raw_{mixture}"]) for mixture in MIXTURES)]
     return figures
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from environments.sandbox import Limits, Sandbox
+from environments.sandbox import Limits, Sandbox, bubblewrap
 from environments.sandbox.containers import ENVIRONMENT
-from tests.integration.sandboxes import BACKENDS, attempt, open_backend
+from tests.integration.sandboxes import BACKENDS, attempt, open_backend, soon
 
 NAME = "polyrl-look"
 PROGRAM = f"import ctypes, time\nctypes.CDLL(None).prctl(15, b'{NAME}', 0, 0, 0)\ndef f(x): time.sleep(x); return 1"
@@ -139,6 +139,30 @@ def test_all_its_processes_together_are_bounded_in_memory_number_and_processor(s
         if (folder / "memory.swap.max").exists():
             assert int((folder / "memory.swap.max").read_text()) == 0
     assert [int(text.split()[0]) for text in found] == [limits.memory_mb << 20, limits.processes + 8, 100_000]
+
+
+def test_it_is_idle_work_until_it_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bubblewrap, "PATIENCE_S", 1.0)
+    sandbox = open_backend("bubblewrap")
+    running = threading.Thread(target=attempt, args=(sandbox, PROGRAM), kwargs={"inputs": (3,), "expected": (1,), "limits": Limits()})
+    running.start()
+    try:
+        weight = processor_group(find()) / "cpu.idle"
+        if not weight.exists():
+            pytest.skip("no idle groups on this machine")
+        assert weight.read_text().strip() == "1"
+        assert soon(lambda: weight.read_text().strip() == "0")
+    finally:
+        running.join()
+
+
+def processor_group(proc: Path) -> Path:
+    """The folder of a process's control group of processors, of either version."""
+    for line in (proc / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "cpu" in controllers.split(","):
+            return CGROUPS / "cpu" / path.lstrip("/")
+    return CGROUPS / path.lstrip("/")  # the line of version 2 comes last
 
 
 def test_its_root_is_read_only_and_its_tmp_is_small(seen: Seen) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 
 import pytest
 
@@ -113,6 +114,22 @@ def test_a_runner_that_never_got_ready_is_a_failure_of_ours() -> None:
     silent = Lines(ends=True)
     os.read(silent.reader, 100)
     assert pump(silent, b"", Limits(wall_s=60), cases=1)[0] == "infra_error"
+
+
+def test_a_program_is_hurried_once_when_patience_ends_and_not_before() -> None:
+    called: list[float] = []
+
+    def run(wall_s: float, *lines: bytes) -> str:
+        began = time.monotonic()
+        told = lambda: called.append(time.monotonic() - began)  # noqa: E731
+        return pump(Lines(*lines, ends=False), b"", Limits(wall_s=wall_s), cases=1, hurry=told, patience_s=0.05)[0]
+
+    assert run(60, VALUE) == "finished"
+    assert run(0.01) == "timeout"
+    assert not called
+    assert run(0.3) == "timeout"
+    assert len(called) == 1
+    assert 0.05 <= called[0] < 0.3
 
 
 class Python(Sandbox):
