@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+
+def with_huge_pages() -> str:
+    """GLIBC_TUNABLES with which malloc asks for huge pages (glibc 2.35), where the kernel gives them to those that ask, as most do.
+
+    A step of a small model touches more pages than a processor keeps the addresses of. What the variable says already stays.
+    """
+    others = [one for one in os.environ.get("GLIBC_TUNABLES", "").split(":") if one and not one.startswith("glibc.malloc.hugetlb=")]
+    return ":".join([*others, "glibc.malloc.hugetlb=1"])
+
 
 def cpu_environment(threads: int) -> dict[str, str]:
     """Thread count, and an allocator that keeps what it has got.

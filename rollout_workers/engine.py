@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from rl_core.architectures import has_full_attention_only
 from rl_core.config import RolloutConfig
+from rl_core.process_env import with_huge_pages
 from rl_core.types import Completion, Receipt, SamplingParams
 from rollout_workers.completions import completion, cut_off
 from rollout_workers.vllm_plugin import BACKEND, OWNER_VARIABLE
@@ -227,6 +228,13 @@ class Engine:
         states = {s.external_req_id: s for s in self._llm.output_processor.request_states.values()}
         return {name: cut_off(states[name], start, began=self._began[name]) for name, start in since.items() if name in states}
 
+    async def hold_drafts(self, k: int | None) -> None:
+        """Draft `k` tokens in every step from now on, 0 to `rollout.speculative_tokens`; None: choose again. With `rollout.auto_k` only."""
+        most = self._rollout.speculative_tokens
+        if not self._rollout.auto_k or (k is not None and not 0 <= k <= most):
+            raise ValueError(f"{k} drafts to hold, wanted 0 to {most}, of an engine that chooses (rollout.auto_k)")
+        await self._control(self._llm.collective_rpc("hold_drafts", args=(k,)), "hold its number of drafts")
+
     def shutdown(self) -> None:
         """End the engine's processes, by force if they do not end by themselves."""
         self._llm.shutdown()
@@ -361,6 +369,7 @@ def environment(rollout: RolloutConfig) -> dict[str, str]:
         AUTO_VARIABLE: "1" if rollout.auto_k else "0",
         PLACES_VARIABLE: str(PROBES),
         "OMP_NUM_THREADS": str(rollout.num_threads),
+        "GLIBC_TUNABLES": with_huge_pages(),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # learner and environments share the cores; a pinned engine would lose its own to them
         # Keeps the model in the engine's own process. vLLM otherwise adds one more on CPU, and a hop through it to every step.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

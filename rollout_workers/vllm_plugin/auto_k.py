@@ -119,6 +119,10 @@ class Bucket:
         self.best = k
 
 
+held: int | None = None
+"""The number of drafts to stay at, in this process: `Engine.hold_drafts`."""
+
+
 class AutoK:
     """The number of drafts for each batch size: 0 to `max_k`."""
 
@@ -134,7 +138,7 @@ class AutoK:
 
     def __getitem__(self, batch: int) -> int:
         """As vLLM asks its table."""
-        return self.choose(batch)
+        return self.choose(batch) if held is None else held
 
     def choose(self, batch: int) -> int:
         return self._bucket(batch).k
@@ -265,7 +269,7 @@ def watch(scheduler: Any, chooser: AutoK) -> None:
         if k == before and prompt <= MOST_PROMPT and 2 * len(decoding) >= len(planned.num_scheduled_tokens) > 0:
             outputs = [one for client in done.values() for one in client.outputs]
             brought = [len(one.new_token_ids) for one in outputs if one.request_id in decoding]
-            if brought:
+            if brought and held is None:
                 chooser.record(len(planned.num_scheduled_tokens), k, brought, ended - began, prompt=prompt)
         before = k
         return done

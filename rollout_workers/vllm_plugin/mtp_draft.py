@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rollout_workers.vllm_plugin import auto_k
 from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE, CHOOSERS
 from rollout_workers.vllm_plugin.latent_moe import FEW_OPERATIONS
 from rollout_workers.vllm_plugin.raw_weights import Views, raw_weight
@@ -177,11 +178,12 @@ def likeliest(head: Head, first: tuple[Tensor, Tensor, Tensor], batch: Batch, k:
     distribution.
     """
     hidden, draft, logprob = first
+    least_chance = head.least_chance if auto_k.held is None else 0.0
     drafts, counts = [draft.numpy()], np.zeros(len(hidden), np.int64)
     chance = np.ones(len(hidden), np.float32)
     while True:
         chance = chance * np.exp(logprob.numpy())
-        kept = chance >= head.least_chance
+        kept = chance >= least_chance
         counts += kept  # a chance only falls, so those that are kept come first
         if len(drafts) == k or not kept.any():
             break

@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rl_core import seal
-from rollout_workers.vllm_plugin import conv_alias, receipts, staging
+from rollout_workers.vllm_plugin import auto_k, conv_alias, receipts, staging
 
 ASK_S = 0.004
 """Less than a step of most engines."""
@@ -181,6 +181,10 @@ class WorkerExtension:
         models = {"policy": self.model_runner.get_model()} | ({} if draft is None else {"draft": draft})
         self.weight_transfer_engine.open(models)
         return bool(self.weight_transfer_engine.stages)
+
+    def hold_drafts(self, k: int | None) -> None:
+        """Draft so many in every step; None: choose. Scheduler and drafts are in this process, as there is no other."""
+        auto_k.held = k
 
     def weights_report(self) -> Mapping[str, Any] | None:
         """`Report`, as a mapping."""

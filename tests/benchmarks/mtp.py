@@ -1,19 +1,22 @@
 """What drafting with the MTP head is worth on the shipped seed policy: generated tokens/s with drafts over none.
 
-    speedup_batch_1|4|16|64        k = 4, for which the head was trained, over k = 0, with so many sequences at a time
-    speedup_two_batch_N            k = 2 over k = 0
-    auto_over_best_batch_N         an engine that chooses k, from 0 to 4, over that of the three whose median is best
+    speedup_batch_1|4|16|64        k = 4, for which the head was trained, over an engine without drafts, with so many sequences at a time
+    speedup_two_batch_N            k = 2 over none
+    auto_over_best_batch_N         choosing k, from 0 to 4, over that one of off, zero, two and on whose median is best
     auto_k_worst                   the smallest of their medians
-    control_batch_N                a second engine without drafts over the first: what a ratio between equals looks like here
+    control_batch_N                a second engine without drafts over the first: how far apart equal engines are here
     tokens_per_s_<engine>_batch_N  of the same prompts, in turns
     tokens_per_step_<engine>_batch_N   generated tokens per sequence and forward pass of the policy, that of the prompt included; of
                                    auto too high, since passes without drafts are undercounted (`Completion.engine_steps`)
-    drafts_per_step_auto_batch_N   a little less than the k that it chose, since prompts count as passes
+    drafts_per_step_<engine>_batch_N   a little less than k, since prompts count as passes
     acceptance_<engine>_<j>        accepted over proposed, of j-th drafts
 
 Prompts are first turns of math, code and tools, of 15 to 105 tokens: what is measured is generation, and not how fast the 4,000 tokens
 of a document are read, to which drafts add nothing. Answers are sampled at temperature 1 and are as long as the policy likes, some 14
 tokens on average.
+
+Two engines that do the same are up to 10 % apart for as long as they live, by where their memory lies, whatever the number of
+repetitions. So one engine drafts: it is held at 0, 2 and 4 drafts in every step (zero, two, on), and chooses (auto), in turns.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import asyncio
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -35,20 +39,22 @@ from rl_core.config import RolloutConfig
 from rl_core.types import Completion, SamplingParams, add_positions
 from rollout_workers.engine import Engine
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 SEED_MODEL = ROOT / "configs" / "models" / "seed"
 BATCHES = (1, 4, 16, 64)
 ANSWERS = {1: 48, 4: 96, 16: 256, 64: 512}  # per repetition
 ENVIRONMENTS = ("math", "code", "tools")
-SETTINGS = {
+ENGINES = {
     "off": {"speculative_tokens": 0},
     "control": {"speculative_tokens": 0},
-    "two": {"speculative_tokens": 2, "auto_k": False},
-    "on": {"speculative_tokens": 4, "auto_k": False},
-    "auto": {"speculative_tokens": 4, "auto_k": True},
+    "drafting": {"speculative_tokens": 4, "auto_k": True},
 }
+HELD = {"zero": 0, "two": 2, "on": 4, "auto": None}
+"""How the drafting engine goes about it."""
+NAMES = ("off", "control", *HELD)
 LEARNING = 2
-"""Repetitions' worth of answers at each batch size from which the choosing engine learns before it is measured: some 100 steps."""
+"""Repetitions' worth of answers at each batch size from which the engine learns to choose before it is measured: some 100 steps."""
 REPETITIONS = 9
 
 
@@ -58,14 +64,14 @@ def bench() -> dict[str, list[float]]:
 
 async def measure() -> dict[str, list[float]]:
     chat = ChatML(SEED_MODEL)
-    engines = {name: await start(name, chat) for name in SETTINGS}
+    engines = {name: await start(name, chat) for name in ENGINES}
     figures: dict[str, list[float]] = {}
     done: dict[str, list[Completion]] = defaultdict(list)
     try:
         prompts = first_turns(chat)
         for batch in BATCHES:
             for _ in range(LEARNING):
-                await answer(engines["auto"], [next(prompts) for _ in range(ANSWERS[batch])], batch)
+                await answer(engines["drafting"], [next(prompts) for _ in range(ANSWERS[batch])], batch)
             figures |= await compare(engines, prompts, batch, f"_batch_{batch}", done)
     finally:
         for engine in engines.values():
@@ -81,19 +87,25 @@ async def measure() -> dict[str, list[float]]:
 async def compare(
     engines: dict[str, Engine], prompts: Iterator[list[int]], batch: int, suffix: str, done: dict[str, list[Completion]]
 ) -> dict[str, list[float]]:
-    """All engines in turns, each round with the same prompts for all."""
+    """All in turns, each round with the same prompts for all."""
     loop = asyncio.get_running_loop()
-    rounds = {name: itertools.count() for name in engines}
+    rounds = {name: itertools.count() for name in NAMES}
     asked: list[list[list[int]]] = []
     steps: dict[str, list[float]] = defaultdict(list)
+
+    def wait_for(work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
 
     def turn(name: str) -> Callable[[], float]:
         def measured() -> float:
             number = next(rounds[name])
             if number == len(asked):
                 asked.append([next(prompts) for _ in range(ANSWERS[batch])])
+            engine = engines.get(name, engines["drafting"])
+            if name in HELD:
+                wait_for(engine.hold_drafts(HELD[name]))
             began = time.perf_counter()
-            answers = asyncio.run_coroutine_threadsafe(answer(engines[name], asked[number], batch), loop).result()
+            answers = wait_for(answer(engine, asked[number], batch))
             seconds = time.perf_counter() - began
             done[name] += answers
             tokens, passes = sum(len(c.token_ids) for c in answers), sum(c.engine_steps for c in answers)
@@ -103,11 +115,11 @@ async def compare(
 
         return measured
 
-    rates = await asyncio.to_thread(interleaved, {name: turn(name) for name in engines}, REPETITIONS)
-    best = max((rates[name] for name in ("off", "two", "on")), key=median)
+    rates = await asyncio.to_thread(interleaved, {name: turn(name) for name in NAMES}, REPETITIONS)
+    best = max((rates[name] for name in ("off", "zero", "two", "on")), key=median)
     return {
         **{f"tokens_per_s_{name}{suffix}": values for name, values in rates.items()},
-        **{f"{figure}{suffix}": values for figure, values in steps.items() if not figure.endswith(("drafts_per_step_off", "_control"))},
+        **{f"{figure}{suffix}": values for figure, values in steps.items() if not figure.endswith(("_off", "_control", "_zero"))},
         f"control{suffix}": ratio(rates["control"], rates["off"]),
         f"speedup{suffix}": ratio(rates["on"], rates["off"]),
         f"speedup_two{suffix}": ratio(rates["two"], rates["off"]),
@@ -129,7 +141,7 @@ async def answer(engine: Engine, prompts: list[list[int]], batch: int) -> list[C
 
 
 async def start(name: str, chat: ChatML) -> Engine:
-    rollout = RolloutConfig(max_num_seqs=64, max_model_len=512, kv_cache_gib=0.25, **SETTINGS[name])  # type: ignore[arg-type]
+    rollout = RolloutConfig(max_num_seqs=64, max_model_len=512, kv_cache_gib=0.25, **ENGINES[name])  # type: ignore[arg-type]
     return await Engine.start(name=name, model_path=str(SEED_MODEL), dtype="float32", rollout=rollout, stop_ids=chat.stop_ids)
 
 

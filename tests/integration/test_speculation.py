@@ -45,6 +45,8 @@ class Sampled:
         math = resolve("math")()
         tasks, chat = math.tasks("train", 3, {}), ChatML(SEED_MODEL)
 
+        self.held: dict[int | None, Completion] = {}
+        """What was sampled, one sequence at a time, while so many drafts were held."""
         self.passes: dict[str, list[int]] = {}
         """Of each of `likeliest`, by name: how many tokens there were after each pass of the policy."""
         generate = engine._llm.generate
@@ -65,6 +67,9 @@ class Sampled:
         names = [f"greedy-{count}-{i}" for count in (1, 4) for i in range(count)]
         try:
             self.drawn = [c for count in (1, 4) for c in await several(f"drawn-{count}", count)]
+            for k in (0, 3, None):
+                await engine.hold_drafts(k)
+                self.held[k] = (await several(f"held-{k}", 1, max_tokens=150))[0]
             engine._llm.generate = watched
             self.likeliest = [c for count in (1, 4) for c in await several(f"greedy-{count}", count, temperature=0.0, max_tokens=150)]
             self.ends = [self.passes[name] for name in names]
@@ -99,6 +104,16 @@ def test_no_drafts_and_the_most_were_tried_and_the_counts_by_position_add_up(sam
         for (drafted, accepted), (next_drafted, next_accepted) in zip(c.positions, c.positions[1:], strict=False):
             assert drafted >= next_drafted
             assert accepted >= next_accepted
+
+
+def test_a_number_of_drafts_is_held_in_every_step_until_it_is_let_go(sampled: Sampled) -> None:
+    assert sampled.held[0].drafted == 0
+    three = [drafted for drafted, _ in sampled.held[3].positions]
+    assert len(three) == 3
+    # Also where the head doubts its drafts; the last steps are bounded by the tokens that are left.
+    assert three[0] - three[2] <= 2
+    assert three[0] >= sampled.held[3].engine_steps - 1
+    assert len(sampled.held[None].positions) == MOST
 
 
 def first_drafts(model: PolicyModel, c: Completion) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
