@@ -10,8 +10,10 @@ def with_huge_pages() -> str:
 
     A step of a small model touches more pages than a processor keeps the addresses of. What the variable says already stays.
     """
-    others = [one for one in os.environ.get("GLIBC_TUNABLES", "").split(":") if one and not one.startswith("glibc.malloc.hugetlb=")]
-    return ":".join([*others, "glibc.malloc.hugetlb=1"])
+    said = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.hugetlb=" in said:
+        return said
+    return ":".join(filter(None, [said, "glibc.malloc.hugetlb=1"]))
 
 
 def cpu_environment(threads: int) -> dict[str, str]:

@@ -375,6 +375,7 @@ def environment(rollout: RolloutConfig) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # for the few places behind the longest sequence only
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # what a command prints is its answer
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

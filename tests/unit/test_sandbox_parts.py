@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -108,6 +110,32 @@ def test_a_program_that_says_nothing_is_late_and_no_failure_of_ours() -> None:
     warm = Lines(ends=False)
     assert pump(warm, b"", Limits(wall_s=60), until_ready=True)[0] == "finished"
     assert pump(warm, b"", Limits(wall_s=0.05), cases=1, said=READY)[0] == "timeout"
+
+
+def test_a_gate_knows_how_many_wait_for_it() -> None:
+    gate, inside, leave = base.Gate(1), threading.Event(), threading.Event()
+
+    def pass_through() -> None:
+        with gate:
+            inside.set()
+            leave.wait(10)
+
+    threads = [threading.Thread(target=pass_through) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert inside.wait(10)
+    assert soon(lambda: gate.waiting == 2)
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert gate.waiting == 0
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
 
 
 def test_a_runner_that_never_got_ready_is_a_failure_of_ours() -> None:
