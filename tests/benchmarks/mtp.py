@@ -15,8 +15,8 @@ Prompts are first turns of math, code and tools, of 15 to 105 tokens: what is me
 of a document are read, to which drafts add nothing. Answers are sampled at temperature 1 and are as long as the policy likes, some 14
 tokens on average.
 
-Two engines that do the same are up to 10 % apart for as long as they live, by where their memory lies, whatever the number of
-repetitions. So one engine drafts: it is held at 0, 2 and 4 drafts in every step (zero, two, on), and chooses (auto), in turns.
+Two engines that do the same stay some percent apart for as long as they live, whatever the number of repetitions: by where their
+memory lies, it seems. So one engine drafts: it is held at 0, 2 and 4 drafts in every step (zero, two, on), and chooses (auto), in turns.
 """
 
 from __future__ import annotations
