@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Annotated
 
@@ -34,7 +36,8 @@ def bench(
             for known, path in there.items():
                 typer.echo(f"{known:<20} {path}")
         return
-    result = run_benchmark(name)
+    with redirect_stdout(sys.stderr):  # libraries that log when they are imported
+        result = run_benchmark(name)
     if json:
         print_json(result)
         return
