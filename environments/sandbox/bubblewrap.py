@@ -31,15 +31,14 @@ _JOIN_THEN = 'echo 500 2>/dev/null >/proc/self/oom_score_adj; for f in $JOIN; do
 
 
 PATIENCE_S = 0.25
-"""How long a program may take as idle work, in what engines and learners leave of the processors: enough for nearly all where a
-processor is free half the time. Where none ever is, each verdict is later by so much, which is little beside an episode and beside a
-program's own time limits."""
+"""How long a program may take as idle work, in what engines and learners leave of the processors: several times what it takes alone.
+Where they leave nothing, each verdict is later by so much, which is little beside an episode and beside a program's own time limits."""
 
 BACKLOG = 2
 """Programs that wait for each that runs, beyond which nobody is patient."""
 
 LEAVE_S = 0.5
-"""A runner whose cases are settled ends within milliseconds; one that something holds up is killed after this."""
+"""A runner whose cases are settled ends within milliseconds; one that something holds up is hurried, and killed after this."""
 
 
 class BubblewrapSandbox(Sandbox):
