@@ -256,7 +256,7 @@ def test_a_killed_workers_rollouts_go_on_and_it_is_back_after_a_verified_update(
     running.run(running.pool.load_weights(8, ray.put(seal(weights, 8))))
     (kept,) = running.groups("math", 1, "kept")
     engines = engine_processes()
-    names = [f"killed-{i}" for i in range(8)]
+    names = [f"killed-{i}" for i in range(24)]  # seconds of work: drafts are written twice a second, and the kill must find some
 
     chat = ChatML(SEED_MODEL)
 
@@ -272,7 +272,7 @@ def test_a_killed_workers_rollouts_go_on_and_it_is_back_after_a_verified_update(
 
     async def kill_amid_work() -> tuple[list[GroupResult], Sequence[Receipt]]:
         spec = running.spec("tools")
-        work = [asyncio.create_task(running.pool.run_group(n, t, spec)) for n, t in zip(names, tasks("tools", 8), strict=True)]
+        work = [asyncio.create_task(running.pool.run_group(n, t, spec)) for n, t in zip(names, tasks("tools", len(names)), strict=True)]
         while begun() < 4:
             await asyncio.sleep(0.02)
             assert not all(w.done() for w in work)
