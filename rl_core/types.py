@@ -150,11 +150,7 @@ class Completion:
     spans: tuple[VersionSpan, ...]
     finish_reason: str  # "stop", "length", or CUT_OFF
     engine_steps: int = 0
-    """Forward passes of the policy that sampled these tokens; T / engine_steps is the gain of speculation. 0: not reported.
-
-    Where the number of drafts is chosen, passes without drafts are not counted one by one: there may be as many more as drafts stood
-    behind the stop token.
-    """
+    """Forward passes of the policy that sampled these tokens; T / engine_steps is the gain of speculation. 0: not reported."""
     drafted: int = 0  # draft tokens proposed by the MTP head for this completion
     accepted: int = 0  # of these, how many the policy accepted
     forced: tuple[int, ...] = ()

@@ -14,9 +14,9 @@ from rl_core.types import CUT_OFF, Completion, VersionSpan
 def completion(prompt: Sequence[int], output: Any, *, began: int, speculative: bool) -> Completion:
     """A Completion from what vLLM reports of a finished sequence, whose request `began` under that version.
 
-    A verifying step of the policy yields its accepted drafts and one token more; any other step yields one token:
+    A pass of the policy yields its accepted drafts and one token more, and vllm_plugin/passes.py lists them all:
 
-        T = plain steps + verifying steps + accepted      (less what stood behind a stop token)
+        T = passes + accepted      (less what stood behind a stop token)
     """
     ids = np.asarray(output.token_ids, np.int32)
     flat = output.logprobs
@@ -26,9 +26,8 @@ def completion(prompt: Sequence[int], output: Any, *, began: int, speculative: b
     steps, drafted, accepted = len(ids), 0, 0
     positions: tuple[tuple[int, int], ...] = ()
     if speculative and (metrics := output.spec_decode_metrics) is not None:
-        verifying, drafted, accepted = len(metrics.per_step_drafted), metrics.num_draft_tokens, sum(metrics.per_step_accepted)
+        steps, drafted, accepted = len(metrics.per_step_drafted), metrics.num_draft_tokens, sum(metrics.per_step_accepted)
         positions = by_position(metrics.per_step_drafted, metrics.per_step_accepted)
-        steps = verifying + max(1, len(ids) - verifying - accepted)
     spans = tuple(VersionSpan(start=s.start, stop=s.end, version=int(s.version)) for s in output.weight_versions or ())
     age = state_age(spans, began)
     return Completion(

@@ -6,8 +6,7 @@
     auto_k_worst                   the smallest of their medians
     control_batch_N                a second engine without drafts over the first: how far apart equal engines are here
     tokens_per_s_<engine>_batch_N  of the same prompts, in turns
-    tokens_per_step_<engine>_batch_N   generated tokens per sequence and forward pass of the policy, that of the prompt included; of
-                                   auto too high, since passes without drafts are undercounted (`Completion.engine_steps`)
+    tokens_per_step_<engine>_batch_N   generated tokens per sequence and forward pass of the policy, that of the prompt included
     drafts_per_step_<engine>_batch_N   a little less than k, since prompts count as passes
     acceptance_<engine>_<j>        accepted over proposed, of j-th drafts
 

@@ -66,7 +66,7 @@ class Sampled:
 
         names = [f"greedy-{count}-{i}" for count in (1, 4) for i in range(count)]
         try:
-            self.drawn = [c for count in (1, 4) for c in await several(f"drawn-{count}", count)]
+            self.drawn = [c for count in (1, 4, 24) for c in await several(f"drawn-{count}", count)]
             for k in (0, 3, None):
                 await engine.hold_drafts(k)
                 self.held[k] = (await several(f"held-{k}", 1, max_tokens=150))[0]
@@ -104,6 +104,15 @@ def test_no_drafts_and_the_most_were_tried_and_the_counts_by_position_add_up(sam
         for (drafted, accepted), (next_drafted, next_accepted) in zip(c.positions, c.positions[1:], strict=False):
             assert drafted >= next_drafted
             assert accepted >= next_accepted
+
+
+def test_every_pass_is_counted_also_where_accepted_drafts_were_cut_off_at_the_end(sampled: Sampled) -> None:
+    for c, lengths in zip(sampled.likeliest, sampled.ends, strict=True):
+        assert c.engine_steps >= len(lengths)  # two passes may arrive as one
+    cut_off = [c.engine_steps + c.accepted - len(c.token_ids) for c in [*sampled.drawn, *sampled.likeliest]]
+    assert 0 <= min(cut_off) <= max(cut_off) <= MOST
+    assert max(cut_off) > 0, "no draft stood behind an end: the test could not tell"
+    assert sampled.held[0].engine_steps == len(sampled.held[0].token_ids)
 
 
 def test_a_number_of_drafts_is_held_in_every_step_until_it_is_let_go(sampled: Sampled) -> None:
