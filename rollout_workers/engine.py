@@ -235,6 +235,14 @@ class Engine:
             raise ValueError(f"{k} drafts to hold, wanted 0 to {most}, of an engine that chooses (rollout.auto_k)")
         await self._control(self._llm.collective_rpc("hold_drafts", args=(k,)), "hold its number of drafts")
 
+    async def aclose(self) -> None:
+        """`shutdown`, for whoever awaited the engine: what reads from it ends first, and so does not report its end as its death."""
+        readers = [r for r in (self._llm.output_handler, self._llm.engine_core.resources.output_queue_task) if r is not None]
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        await asyncio.to_thread(self.shutdown)
+
     def shutdown(self) -> None:
         """End the engine's processes, by force if they do not end by themselves."""
         self._llm.shutdown()

@@ -99,7 +99,7 @@ class RolloutWorker:
     async def shutdown(self) -> None:
         self._hosts.hang_up()
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.shutdown)
+            await self._engine.aclose()
             self._engine = None
 
     @property

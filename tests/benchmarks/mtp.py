@@ -74,7 +74,7 @@ async def measure() -> dict[str, list[float]]:
             figures |= await compare(engines, prompts, batch, f"_batch_{batch}", done)
     finally:
         for engine in engines.values():
-            engine.shutdown()
+            await engine.aclose()
     # Not the worst of each repetition: the smallest of four ratios that are each a few percent off is below 1 for equal engines, too.
     figures["auto_k_worst"] = [min(median(figures[f"auto_over_best_batch_{batch}"]) for batch in BATCHES)]
     for name in ("two", "on", "auto"):

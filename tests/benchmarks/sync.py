@@ -59,7 +59,7 @@ async def measure(model: Path, suffix: str) -> dict[str, list[float]]:
                 for name, value in update.items():
                     figures.setdefault(name, []).append(value)
     finally:
-        engine.shutdown()
+        await engine.aclose()
     figures["pause_over_copy"] = ratio(figures["pause_ms"], figures["copy_ms"])
     figures["allowed_ms"] = [2 * ms + 30 for ms in figures["copy_ms"]]
     return {f"{name}_{suffix}": values for name, values in figures.items()}

@@ -56,4 +56,4 @@ async def test_engine_and_learner_agree_before_and_after_new_weights(tmp_path: P
         assert error(model, after) < 1e-3
         assert {span.version for span in after.spans} == {1}
     finally:
-        engine.shutdown()
+        await engine.aclose()

@@ -84,7 +84,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         patch.setattr(engines, "engine_arguments", lambda *given: engine_arguments(*given) | extension)
         made = Served(folder / "export")
     yield made
-    made.engine.shutdown()
+    made.run(made.engine.aclose())
     made.loop.call_soon_threadsafe(made.loop.stop)
 
 
@@ -663,5 +663,5 @@ def test_shutdown_leaves_no_process(served: Served) -> None:
     """Last: it ends the module's engine."""
     processes = list(served.engine._processes)
     assert processes
-    served.engine.shutdown()
+    served.run(served.engine.aclose())
     assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

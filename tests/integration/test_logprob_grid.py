@@ -91,7 +91,7 @@ def recomputed(model: PolicyModel, c: Completion) -> NDArray[np.float32]:
 def cell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
     made = Cell(tmp_path_factory.mktemp("cell"), *request.param)
     yield made
-    made.engine.shutdown()
+    made.run(made.engine.aclose())
     made.loop.call_soon_threadsafe(made.loop.stop)
 
 

@@ -87,4 +87,4 @@ async def test_a_groups_prompt_is_computed_once_and_forgotten_with_the_weights(t
         again = await sample("again", 4)  # and what they left behind is found by nobody
         assert max(errors(model, c).max() for c in again) < MAX_ERROR
     finally:
-        engine.shutdown()
+        await engine.aclose()

@@ -74,7 +74,7 @@ class Sampled:
             self.likeliest = [c for count in (1, 4) for c in await several(f"greedy-{count}", count, temperature=0.0, max_tokens=150)]
             self.ends = [self.passes[name] for name in names]
         finally:
-            engine.shutdown()
+            await engine.aclose()
 
 
 @pytest.fixture(scope="module")
