@@ -23,6 +23,8 @@ MAX_TASKS = 1024
 """Processes and threads of one host and all that it starts. A host of a busy run has some 200."""
 MAX_CHILDREN = 256
 KILL_ROUNDS = 50
+QUIET_S = 0.05
+"""Without an attempt to start anything, after which nothing will."""
 
 V2, V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")
 PREFIX = "polyrl-host-"
@@ -69,6 +71,17 @@ class Confinement:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, 9)
             time.sleep(0.02)
+
+    def let_end(self) -> None:
+        """After `kill_others`, for a process that Ray is to end: it takes a new thread for that, and without one it aborts and is reported
+        as a crash. None is allowed where something still tries to start processes, or where nobody counts who was refused."""
+        if self._group is None:
+            return
+        with contextlib.suppress(OSError):
+            refused = (self._group / "pids.events").read_text()
+            time.sleep(QUIET_S)
+            if (self._group / "pids.events").read_text() == refused:
+                (self._group / "pids.max").write_text(str(MAX_TASKS))
 
     def _others(self) -> set[int]:
         """Processes that this one has started, or that are in its group, and are not dead."""

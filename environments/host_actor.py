@@ -135,6 +135,7 @@ class HostActor:
         """Kill what the environments have started: the host itself is about to be killed, and could not."""
         if self._own is not None:
             await asyncio.to_thread(self._own.kill_others)
+            await asyncio.to_thread(self._own.let_end)
 
     async def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
         """As EnvHost.open. Raises EnvironmentFailure also for an environment that hangs here."""
