@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 AUTO_VARIABLE = "POLYRL_AUTO_K"
@@ -43,10 +43,12 @@ MEMORY = 200
 """Steps of the same k after which a number of tokens has faded to 1/e. A policy moves within some hundreds of steps at the earliest."""
 RECENT = 16
 """Steps of the best k that say how fast the machine is now."""
-TRIALS = 4
-"""Trials of a k that count; the machine and the lengths of sequences move."""
+TRIALS = 5
+"""Trials of a k that count, by their median; the machine and the lengths of sequences move."""
 DOUBT = 0.2
-"""By which share the value of a k may be underrated after one trial; half of it after two, a third after three."""
+"""By which share the value of a k may be underrated; half of it after two trials, a third after three."""
+BURST = 0.7
+"""The same after one trial: it is over within a tenth of a second, in all of which others may have had part of the processor."""
 
 
 @dataclass
@@ -60,6 +62,20 @@ class Mean:
     def add(self, value: float, weight: float = 1.0) -> None:
         self.count = min(self.count + weight, self.span)
         self.value += (value - self.value) * weight / self.count
+
+
+@dataclass
+class Trials:
+    """What the last trials of a k gave; of two the shorter one, since what disturbs a trial makes it longer."""
+
+    last: deque[float]
+
+    def add(self, value: float) -> None:
+        self.last.append(value)
+
+    @property
+    def value(self) -> float:
+        return median_low(self.last)
 
 
 @dataclass
@@ -84,7 +100,7 @@ class Bucket:
     best: int
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     """Seconds of the last steps with the best k, prompts taken off. Their median counts: one slow step says something of the machine."""
-    relative: dict[int, Mean] = field(default_factory=dict)
+    relative: dict[int, Trials] = field(default_factory=dict)
     """{k: seconds in a unit of this bucket's own}; a trial measures them over those of the best k just before it."""
     trial: int | None = None
     trial_steps: list[float] = field(default_factory=list)
@@ -170,7 +186,7 @@ class AutoK:
         if k is not None:
             bucket.turns[k], bucket.trials[k] = bucket.stints, bucket.trials.get(k, 0) + 1
             times = median(bucket.trial_steps) / bucket.seconds
-            bucket.relative.setdefault(k, Mean(TRIALS)).add(times * bucket.relative[bucket.best].value)
+            bucket.relative.setdefault(k, Trials(deque(maxlen=TRIALS))).add(times * bucket.relative[bucket.best].value)
             if bucket.trials[k] > 1:
                 bucket.credit_s -= self._cost(bucket, k)
             if self._value(bucket, k) > MARGIN * self._value(bucket, bucket.best):
@@ -205,7 +221,8 @@ class AutoK:
 
     def _cost(self, bucket: Bucket, k: int) -> float:
         """Seconds that a trial of k loses against the best one, with the benefit of the doubt."""
-        hope = self._value(bucket, k) * (1 + DOUBT / max(bucket.trials.get(k, 0), 1))
+        trials = bucket.trials.get(k, 0)
+        hope = self._value(bucket, k) * (1 + (DOUBT / trials if trials > 1 else BURST))
         return max(1 - hope / self._value(bucket, bucket.best), 0.0) * STINT * bucket.usual(k)
 
     def _hope(self, bucket: Bucket, k: int) -> float:
@@ -222,7 +239,7 @@ class AutoK:
         if size not in self._buckets:
             near = min(self._buckets, key=lambda s: abs(s - size), default=None)
             start = self.numbers[len(self.numbers) // 2] if near is None else self._buckets[near].best
-            self._buckets[size] = Bucket(size, start, relative={start: Mean(TRIALS, 1.0, 1.0)})
+            self._buckets[size] = Bucket(size, start, relative={start: Trials(deque([1.0], TRIALS))})
         return self._buckets[size]
 
 
