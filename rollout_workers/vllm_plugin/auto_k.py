@@ -10,9 +10,9 @@ modelled here; both parts are measured, each where it is steadiest:
     seconds    per power of two of sequences, relative to the best k just before: the machine itself may be faster or slower tomorrow
 
 Nearly every step of a large batch also reads somebody's prompt. What a prompt token costs is estimated along the way and taken off.
-Each k has a trial of `STINT` steps, unless even its most hopeful value, from what is known of its neighbours, is below the best one's;
-later trials go by turns, as long as all together cost no more than `REGRET` of the time. So where all others are far behind they come
-seldom, and where they are close, often: one may overtake.
+Each k has a trial of `STINT` steps, unless even its most hopeful value, from what is known of its neighbours, is below the best one's,
+and a second one where the first may only have been disturbed; later trials go by turns, as long as all together cost no more than
+`REGRET` of the time. So where all others are far behind they come seldom, and where they are close, often: one may overtake.
 
 Upstream (vLLM 0.32) takes k from a table by batch size, fixed in its configuration. `install` puts an AutoK in the table's place.
 """
