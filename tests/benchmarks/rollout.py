@@ -75,12 +75,13 @@ async def measure(folder: Path) -> dict[str, list[float]]:
     loop = asyncio.get_running_loop()
     try:
         for mixture, environments in MIXTURES.items():
+            count = REPETITIONS[mixture]
             work = Work(worker, config, environments, GROUPS[mixture])
             measures = {
                 f"{mixture}_{how}": lambda run=run: asyncio.run_coroutine_threadsafe(run(), loop).result()
                 for how, run in (("episodes", work.episodes), ("raw", work.raw))
             }
-            rates = await asyncio.to_thread(interleaved, measures, count := REPETITIONS[mixture])
+            rates = await asyncio.to_thread(interleaved, measures, count)
             figures |= {f"tokens_per_s_{name}": values for name, values in rates.items()}
             figures[f"episode_over_raw_{mixture}"] = ratio(rates[f"{mixture}_episodes"], rates[f"{mixture}_raw"])
             figures[f"whole_over_raw_{mixture}"] = ratio(work.whole["episodes"][-count:], work.whole["raw"][-count:])

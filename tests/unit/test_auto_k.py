@@ -131,7 +131,7 @@ def test_one_hiccup_of_the_machine_changes_nothing() -> None:
 
 
 def test_a_trial_that_fell_into_a_slow_moment_is_made_again() -> None:
-    """All steps of the first trial of 4 take 1.6 times as long, as was seen where a neighbour was busy."""
+    """All steps of the first trial of 4 take 1.6 times as long, as where others have part of the processor."""
 
     class Disturbed(AutoK):
         slow = STINT
