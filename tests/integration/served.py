@@ -24,6 +24,7 @@ from rl_core.thinking import Thinking
 from rl_core.types import Completion, SamplingParams
 from rollout_workers import engine as engines
 from rollout_workers.engine import Engine, engine_arguments
+from tests.integration.ties import choices_of
 from tests.integration.tiny_hybrid import make_tiny_hybrid
 
 T = TypeVar("T")
@@ -83,15 +84,22 @@ def prompts(count: int, *, seed: int = 0, low: int = 2, high: int = 60) -> list[
 
 
 def distribution(model: NemotronHForCausalLM, c: Completion, temperature: float) -> NDArray[np.float64]:
-    """[T, V] logprobs at each sampled token, by a plain forward pass of Transformers."""
+    """[T, V] logprobs at each sampled token, by a plain forward pass of Transformers; NaN behind a tie of experts."""
     ids = torch.from_numpy(np.concatenate([c.prompt_ids, c.token_ids])).long()[None]
-    with torch.no_grad():
+    with torch.no_grad(), choices_of(model) as choices:
         logits = model(ids).logits[0, len(c.prompt_ids) - 1 : -1].double() / temperature
-    return torch.log_softmax(logits, -1).numpy()
+    logprobs = torch.log_softmax(logits, -1).numpy()
+    logprobs[~choices.decided()[len(c.prompt_ids) - 1 : -1]] = np.nan
+    return logprobs
 
 
 def of_sampled(logprobs: NDArray[np.float64], c: Completion) -> NDArray[np.float64]:
     return logprobs[np.arange(len(c.token_ids)), c.token_ids]
+
+
+def errors(model: NemotronHForCausalLM, c: Completion) -> NDArray[np.float64]:
+    """[T] by how much the engine's logprobs are wrong, in nats; NaN behind a tie, and where nothing was sampled."""
+    return np.where(c.sampled, of_sampled(distribution(model, c, 1.0), c) - c.logprobs, np.nan)
 
 
 def checkpoint(served: Served, change: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, w: w) -> NDArray[np.uint8]:

@@ -32,11 +32,13 @@ from tests.integration.served import (
     VOCAB,
     Served,
     distribution,
+    errors,
     of_sampled,
     prompts,
     reference,
     serving,
 )
+from tests.integration.ties import mean_of, worst
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -51,8 +53,7 @@ def test_an_exported_checkpoint_is_served_with_its_mtp_head(served: Served) -> N
     original = NemotronHForCausalLM.from_pretrained(served.model.parent / "original", dtype=torch.float32).eval()
     done = served.sample(prompts(4, seed=11), "exported")
     assert sum(c.drafted for c in done) > 0
-    for c in done:
-        assert np.abs(of_sampled(distribution(original, c, 1.0), c) - c.logprobs).max() < 1e-3
+    assert worst(errors(original, c) for c in done) < 1e-3
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])
@@ -66,9 +67,9 @@ def test_logprobs_under_speculation_are_those_of_a_plain_forward_pass(served: Se
         truth = distribution(model, c, temperature)
         if top_p < 1.0:
             truth = nucleus(truth, top_p)
-        differences.append(np.abs(of_sampled(truth, c) - c.logprobs))
-    assert np.concatenate(differences).mean() < 1e-4
-    assert np.concatenate(differences).max() < 1e-2
+        differences.append(of_sampled(truth, c) - c.logprobs)
+    assert mean_of(differences) < 1e-4
+    assert worst(differences) < 1e-2
 
 
 def nucleus(logprobs: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
@@ -77,7 +78,7 @@ def nucleus(logprobs: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
     p = np.exp(np.take_along_axis(logprobs, order, 1))
     kept = np.where(np.cumsum(p, 1) - p < top_p, p, 0.0)
     out = np.full_like(logprobs, -np.inf)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         np.put_along_axis(out, order, np.log(kept / kept.sum(1, keepdims=True)), 1)
     return out
 
@@ -93,8 +94,8 @@ def test_tokens_under_speculation_are_drawn_from_the_policys_distribution(served
         truth = distribution(model, c, temperature)
         p = np.exp(truth)
         mean = (p * truth).sum(1)
-        surplus += float((of_sampled(truth, c) - mean).sum())
-        variance += float(((p * truth**2).sum(1) - mean**2).sum())
+        surplus += float(np.nansum(of_sampled(truth, c) - mean))
+        variance += float(np.nansum((p * truth**2).sum(1) - mean**2))
     assert variance > 100, "the distributions are nearly uniform: the test could not fail"
     assert abs(surplus) < 5 * variance**0.5
 
@@ -123,7 +124,7 @@ def test_greedy_tokens_are_the_policys_most_likely_ones(served: Served) -> None:
     model = reference(served)
     for c in served.sample(prompts(6, seed=3), "greedy", temperature=0.0, max_tokens=40):
         truth = distribution(model, c, 1.0)
-        assert np.all(truth.max(1) - of_sampled(truth, c) < 1e-3)
+        assert worst([truth.max(1) - of_sampled(truth, c)]) < 1e-3
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(served: Served) -> None:
@@ -165,7 +166,7 @@ def test_logprobs_stay_true_up_to_the_longest_sequence(served: Served) -> None:
     model = reference(served)
     for c in done:
         assert len(c.prompt_ids) + len(c.token_ids) == limit
-        assert np.abs(of_sampled(distribution(model, c, 1.0), c) - c.logprobs).max() < 1e-3
+    assert worst(errors(model, c) for c in done) < 1e-3
 
 
 def test_a_prompt_without_room_to_answer_is_refused_in_a_sentence(served: Served) -> None:
@@ -199,7 +200,7 @@ def test_a_thought_ends_at_its_budget_under_speculation_and_every_logprob_stays_
             thinking = thinking.after([token])
         assert c.prompt_ids.tolist() == prompt
         assert len(c.token_ids) == 80 or c.token_ids[-1] == STOP or len(c.forced) == MAX_CLOSED
-        assert np.abs(of_sampled(distribution(model, c, 1.0), c) - c.logprobs)[c.sampled].max() < 1e-3
+    assert worst(errors(model, c) for c in done) < 1e-3
 
 
 def test_cancelling_a_sample_frees_its_place(served: Served) -> None:

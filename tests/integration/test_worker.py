@@ -14,7 +14,6 @@ import numpy as np
 import psutil
 import pytest
 import ray
-import torch
 
 from environments.registry import resolve
 from infra.evaluating import Plan, Row, scores, settings
@@ -33,6 +32,7 @@ from rollout_workers.hosts import Hosts, HostSet, start_hosts
 from rollout_workers.pool import Pool, PoolError
 from tests.integration.hanging_env import HangingEnv
 from tests.integration.leaking_env import LeakingEnv
+from tests.integration.ties import logprob_errors, worst
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -300,13 +300,8 @@ def test_a_killed_workers_rollouts_go_on_and_it_is_back_after_a_verified_update(
 
 def worst_logprob_error(rollouts: Sequence[Rollout]) -> float:
     """Largest distance of a stored logprob from plain torch's, in nats."""
-    model, errors = PolicyModel.from_pretrained(SEED_MODEL), []
-    for c in (c for r in rollouts for c in r.completions):
-        ids = torch.from_numpy(np.concatenate([c.prompt_ids, c.token_ids]).astype(np.int64))[None]
-        with torch.no_grad():
-            logprobs = model.logits(model(ids[:, :-1]))[0, len(c.prompt_ids) - 1 :].log_softmax(-1)
-        errors.append(np.abs(logprobs.gather(-1, ids[0, len(c.prompt_ids) :, None])[:, 0].numpy() - c.logprobs).max())
-    return float(max(errors))
+    model = PolicyModel.from_pretrained(SEED_MODEL)
+    return worst(logprob_errors(model, c) for r in rollouts for c in r.completions)
 
 
 def test_closing_the_pool_leaves_no_engine(running: Running) -> None:
