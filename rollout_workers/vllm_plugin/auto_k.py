@@ -7,12 +7,15 @@ modelled here; both parts are measured, each where it is steadiest:
 
     tokens     of all batch sizes together: whether a draft stands does not depend on who else is in the batch, and that of a j-th draft
                hardly on how many more there are, so that steps with one k tell something of another
-    seconds    per power of two of sequences, relative to the best k just before: the machine itself may be faster or slower tomorrow
+    seconds    per power of two of sequences, relative to the best k just before: others share the machine, and its speed may double from
+               one moment to the next
 
 Nearly every step of a large batch also reads somebody's prompt. What a prompt token costs is estimated along the way and taken off.
-Each k has a trial of `STINT` steps, unless even its most hopeful value, from what is known of its neighbours, is below the best one's,
-and a second one where the first may only have been disturbed; later trials go by turns, as long as all together cost no more than
-`REGRET` of the time. So where all others are far behind they come seldom, and where they are close, often: one may overtake.
+
+A trial is a single step among those of the best k. Such speeds wander on all scales of time, from steps to minutes, so eight steps in a
+row tell hardly more of a k than one does, and eight single ones much more. A k is tried as long as its value, with the doubt that is
+left, reaches the best one's: where two are far apart that is settled at once, and where they are close, trying costs little. The others
+go by turns, as long as all together cost no more than `REGRET` of the time: the policy and the machine change.
 
 Upstream (vLLM 0.32) takes k from a table by batch size, fixed in its configuration. `install` puts an AutoK in the table's place.
 """
@@ -25,57 +28,67 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median, median_low
+from statistics import median
 from typing import Any
 
 AUTO_VARIABLE = "POLYRL_AUTO_K"
 """Environment variable: set to 1 in the process of an engine that chooses k, or to the name of another way of choosing (`CHOOSERS`)."""
 
-STINT = 8
-"""Measured steps of a trial, and at least that many of the best k between two."""
-REGRET = 0.01
-"""Share of the time that trials may cost once each k has had one."""
-MARGIN = 1.02
+BETWEEN = 6
+"""Measured steps of the best k, at least, between two trials; a trial is compared with their median."""
+TRIALS = 32
+"""Trials of a k that count, by their median."""
+FEW = 5
+"""Trials of a k below which nothing is concluded: one may have fallen into a slow moment."""
+DOUBT = 0.35
+"""By which share the seconds of a single trial may be off; those of n by the root of n less."""
+DRAFT_DOUBT = 0.4
+"""The same for the tokens of a single step."""
+REGRET = 0.005
+"""Share of the time that may go to trials of a k that does not look worth one."""
+SWITCH = 2
+"""Steps that a trial costs beside its own: one before it still verifies the other number, and one after it."""
+MARGIN = 1.01
 """How much better than the present k another one must be to take its place."""
 OTHERS = 50
 """Steps that what steps with other numbers say of a k weighs as much as. Where runs are long, more drafts begin at hard places."""
 MEMORY = 200
 """Steps of the same k after which a number of tokens has faded to 1/e. A policy moves within some hundreds of steps at the earliest."""
-RECENT = 16
-"""Steps of the best k that say how fast the machine is now."""
-TRIALS = 5
-"""Trials of a k that count, by their median; the machine and the lengths of sequences move."""
-DOUBT = 0.2
-"""By which share the value of a k may be underrated; half of it after two trials, a third after three."""
-BURST = 0.7
-"""The same after one trial: it is over within a tenth of a second, in all of which others may have had part of the processor."""
+FORGOTTEN = 2000
+"""Steps of whatever k after which a count has faded to 1/e: what was seen long ago is in doubt again, and soon outweighed."""
+ENOUGH = 8
+"""Steps that say whether drafts so far ahead stand at all; before, they are taken to stand as often as those before them."""
 
 
 @dataclass
 class Mean:
-    """Of the last `span` values or so, all alike until there are so many."""
+    """Of the last `MEMORY` values or so, all alike until there are so many; fewer where the rest is forgotten."""
 
-    span: float
     value: float = 0.0
     count: float = 0.0
 
-    def add(self, value: float, weight: float = 1.0) -> None:
-        self.count = min(self.count + weight, self.span)
-        self.value += (value - self.value) * weight / self.count
+    def add(self, value: float) -> None:
+        self.count = min(self.count + 1, MEMORY)
+        self.value += (value - self.value) / self.count
+
+    def fade(self) -> None:
+        """One step of whatever k later."""
+        self.count *= 1 - 1 / FORGOTTEN
 
 
 @dataclass
 class Trials:
-    """What the last trials of a k gave; of two the shorter one, since what disturbs a trial makes it longer."""
+    """What a step of some k took, in one bucket's own unit: that of the k it began with."""
 
-    last: deque[float]
-
-    def add(self, value: float) -> None:
-        self.last.append(value)
+    last: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
 
     @property
     def value(self) -> float:
-        return median_low(self.last)
+        return median(self.last) if self.last else 1.0
+
+    @property
+    def are_few(self) -> bool:
+        return len(self.last) < FEW
 
 
 @dataclass
@@ -94,22 +107,23 @@ class PromptCost:
 
 @dataclass
 class Bucket:
-    """The seconds of one range of batch sizes. A stint that ends early, because the batch changes its size, goes on later."""
+    """The seconds of one range of batch sizes. What ends early, because the batch changes its size, goes on later."""
 
     size: int  # up to 2^size sequences
     best: int
-    steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    steps: deque[float] = field(default_factory=lambda: deque(maxlen=BETWEEN))
     """Seconds of the last steps with the best k, prompts taken off. Their median counts: one slow step says something of the machine."""
     relative: dict[int, Trials] = field(default_factory=dict)
-    """{k: seconds in a unit of this bucket's own}; a trial measures them over those of the best k just before it."""
     trial: int | None = None
-    trial_steps: list[float] = field(default_factory=list)
-    left: int = STINT
+    left: int = BETWEEN
+    """Steps of the best k before the next trial."""
     credit_s: float = 0.0
     """Seconds that trials may still cost."""
-    turns: dict[int, int] = field(default_factory=dict)  # k -> how many stints had ended when its last trial did
-    trials: dict[int, int] = field(default_factory=dict)  # k -> how many it had
-    stints: int = 0
+    price_s: float = 0.0
+    """What the trial under way costs of them."""
+    turns: dict[int, int] = field(default_factory=dict)
+    """{k: how many trials there had been with its last}."""
+    count: int = 0
 
     @property
     def k(self) -> int:
@@ -126,12 +140,10 @@ class Bucket:
 
     def usual(self, k: int) -> float:
         """Seconds to expect of a step with k; 0 if nothing is known."""
-        if k in self.relative:
-            return self.seconds * self.times(k)
-        return median(self.trial_steps) if self.trial_steps else 0.0
+        return self.seconds * self.times(k) if k in self.relative else 0.0
 
     def prefer(self, k: int) -> None:
-        self.steps = deque([seconds * self.times(k) for seconds in self.steps], RECENT)
+        self.steps = deque([seconds * self.times(k) for seconds in self.steps], BETWEEN)
         self.best = k
 
 
@@ -145,9 +157,9 @@ class AutoK:
     def __init__(self, max_k: int) -> None:
         # Each step costs a little more than the one before and brings a little less: 3 tells little that 2 and 4 do not.
         self.numbers = sorted({0, 1, 2, *range(4, max_k + 1, 2), max_k} & set(range(max_k + 1)))
-        self._stand = [Mean(MEMORY) for _ in range(max_k)]
+        self._stand = [Mean() for _ in range(max_k)]
         """Share of sequences of which j + 1 drafts or more stood, of steps that may have had so many."""
-        self._brought = {k: Mean(MEMORY) for k in self.numbers}
+        self._brought = {k: Mean() for k in self.numbers}
         """Tokens per sequence and step, of steps with this k alone."""
         self.prompt = PromptCost()
         self._buckets: dict[int, Bucket] = {}
@@ -165,6 +177,8 @@ class AutoK:
         bucket = self._bucket(batch)
         if k != bucket.k or seconds <= 0:
             return
+        for mean in (*self._stand, *self._brought.values()):
+            mean.fade()
         self._brought[k].add(sum(brought) / len(brought))
         for j in range(k):
             self._stand[j].add(sum(tokens > j + 1 for tokens in brought) / len(brought))
@@ -172,46 +186,56 @@ class AutoK:
         if prompt and usual:
             self.prompt.add(prompt, min(seconds - usual, 2 * usual + self.prompt.slope * prompt))
         seconds = max(seconds - self.prompt.slope * prompt, seconds / 4)
-        (bucket.steps if bucket.trial is None else bucket.trial_steps).append(seconds)
+        if bucket.trial is None:
+            bucket.steps.append(seconds)
+        else:
+            self._end_trial(bucket, seconds)
         # The dearest trial is the most that is saved up for: else a quiet hour would be spent on trials once they become dear.
-        dearest = STINT * max(map(bucket.usual, bucket.relative))
+        dearest = (1 + SWITCH) * max(map(bucket.usual, bucket.relative))
         bucket.credit_s = min(bucket.credit_s + REGRET * seconds, dearest)
         bucket.left -= 1
-        if bucket.left == 0:
-            self._end_stint(bucket)
+        if bucket.left <= 0:
+            self._go_on(bucket)
 
-    def _end_stint(self, bucket: Bucket) -> None:
-        bucket.stints, bucket.left = bucket.stints + 1, STINT
-        k, bucket.trial = bucket.trial, None
-        if k is not None:
-            bucket.turns[k], bucket.trials[k] = bucket.stints, bucket.trials.get(k, 0) + 1
-            times = median(bucket.trial_steps) / bucket.seconds
-            bucket.relative.setdefault(k, Trials(deque(maxlen=TRIALS))).add(times * bucket.relative[bucket.best].value)
-            if bucket.trials[k] > 1:
-                bucket.credit_s -= self._cost(bucket, k)
-            if self._value(bucket, k) > MARGIN * self._value(bucket, bucket.best):
-                bucket.prefer(k)
-            return  # the best one first, so that the next trial has something to compare with
-        leader = max(bucket.relative, key=lambda k: self._value(bucket, k))
-        if self._value(bucket, leader) > MARGIN * self._value(bucket, bucket.best):  # its drafts got better meanwhile
+    def _end_trial(self, bucket: Bucket, seconds: float) -> None:
+        k, bucket.trial = bucket.k, None
+        times = seconds / bucket.seconds * bucket.relative[bucket.best].value
+        bucket.relative.setdefault(k, Trials()).last.append(times)
+        bucket.count += 1
+        bucket.turns[k] = bucket.count
+        bucket.credit_s -= bucket.price_s
+        bucket.left = BETWEEN + 1  # this step is counted, too
+
+    def _go_on(self, bucket: Bucket) -> None:
+        """With a better k if there is one; else with a trial if one is due."""
+        known = [k for k, trials in bucket.relative.items() if k == bucket.best or not trials.are_few]
+        leader = max(known, key=lambda k: self._value(bucket, k))
+        if self._value(bucket, leader) > MARGIN * self._value(bucket, bucket.best):
             bucket.prefer(leader)
-            return
-        bucket.trial, bucket.trial_steps = self._next_trial(bucket), []
+            bucket.left = BETWEEN
+        else:
+            bucket.trial = self._next_trial(bucket)
 
     def _next_trial(self, bucket: Bucket) -> int | None:
-        """A k that was never tried and may be the best; else, of those whose cost the credit covers, the one whose trial is longest ago."""
-        best = self._value(bucket, bucket.best)
-        hopes = {k: self._hope(bucket, k) for k in self.numbers if k not in bucket.relative}
-        if hopes and (hope := max(hopes.values())) > best:
-            return next(k for k in hopes if hopes[k] == hope)
-        tried = sorted(set(bucket.relative) - {bucket.best}, key=lambda k: bucket.turns.get(k, 0))
-        return next((k for k in tried if bucket.credit_s >= self._cost(bucket, k)), None)
+        """The most hopeful k if it may be the best; else, of those whose trial the credit covers, the one whose last is longest ago."""
+        best, others = self._value(bucket, bucket.best), [k for k in self.numbers if k != bucket.best]
+        bucket.price_s = 0.0
+        hopes = {k: self._hope(bucket, k) for k in others}
+        hopeful = max(others, key=lambda k: hopes[k])
+        if hopes[hopeful] > best:
+            return hopeful
+        for k in sorted(set(others) & bucket.relative.keys(), key=lambda k: bucket.turns.get(k, 0)):
+            price = (1 + SWITCH) * bucket.usual(k) * max(1 - self._value(bucket, k) / best, 0.0)
+            if bucket.credit_s >= price:
+                bucket.price_s = price
+                return k
+        return None
 
     def tokens(self, k: int) -> float:
         """Per sequence and step. Where a draft was never tried, what the one before it brings is the most that it can."""
         total, share = 1.0, 1.0
         for stand in self._stand[:k]:
-            share = stand.value if stand.count >= STINT else share
+            share = stand.value if stand.count >= ENOUGH else share
             total += share
         own = self._brought[k]
         return (own.count * own.value + OTHERS * total) / (own.count + OTHERS)
@@ -219,19 +243,19 @@ class AutoK:
     def _value(self, bucket: Bucket, k: int) -> float:
         return self.tokens(k) / bucket.times(k)
 
-    def _cost(self, bucket: Bucket, k: int) -> float:
-        """Seconds that a trial of k loses against the best one, with the benefit of the doubt."""
-        trials = bucket.trials.get(k, 0)
-        hope = self._value(bucket, k) * (1 + (DOUBT / trials if trials > 1 else BURST))
-        return max(1 - hope / self._value(bucket, bucket.best), 0.0) * STINT * bucket.usual(k)
-
     def _hope(self, bucket: Bucket, k: int) -> float:
-        """The most that k may be worth: more drafts take no less time than fewer, and in a larger batch no less of it."""
+        """The most that k may be worth, by trials; before the first, since more drafts take no less time than fewer, and in a larger batch
+        no less of it."""
+        steps = min((stand.count for stand in self._stand[:k]), default=math.inf)
+        doubt = DRAFT_DOUBT / (steps + 1) ** 0.5
+        if k in bucket.relative:
+            trials = bucket.relative[k]
+            return math.inf if trials.are_few else self._value(bucket, k) * (1 + doubt + DOUBT / len(trials.last) ** 0.5)
         ratios = [bucket.times(j) for j in bucket.relative if j < k]
         for other in self._buckets.values():
             if other.size < bucket.size and k > bucket.best and {k, bucket.best} <= other.relative.keys():
                 ratios.append(other.times(k) / other.times(bucket.best))
-        return self.tokens(k) / max(ratios) if ratios else math.inf
+        return self.tokens(k) * (1 + doubt) / max(ratios) if ratios else math.inf
 
     def _bucket(self, batch: int) -> Bucket:
         """1, 2, 3 to 4, 5 to 8, ... A new one begins as the nearest known one does, the first in the middle."""
@@ -239,7 +263,7 @@ class AutoK:
         if size not in self._buckets:
             near = min(self._buckets, key=lambda s: abs(s - size), default=None)
             start = self.numbers[len(self.numbers) // 2] if near is None else self._buckets[near].best
-            self._buckets[size] = Bucket(size, start, relative={start: Trials(deque([1.0], TRIALS))})
+            self._buckets[size] = Bucket(size, start, relative={start: Trials()})
         return self._buckets[size]
 
 

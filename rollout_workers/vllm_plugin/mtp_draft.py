@@ -26,7 +26,7 @@ from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE, CHOOSERS
 from rollout_workers.vllm_plugin.latent_moe import FEW_OPERATIONS
 from rollout_workers.vllm_plugin.raw_weights import Views, raw_weight
 
-LEAST_CHANCE = 0.3
+LEAST_CHANCE = 0.2
 """Where k is chosen, a draft is verified if it stands with this chance, by the head's own probabilities of it and of those before it.
 
 A draft that is rejected still costs a pass through the head and a place in the policy's: a small chance brings less than that.

@@ -42,7 +42,11 @@ T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 SEED_MODEL = ROOT / "configs" / "models" / "seed"
 BATCHES = (1, 4, 16, 64)
-ANSWERS = {1: 48, 4: 96, 16: 256, 64: 512}  # per repetition
+ANSWERS = {1: 16, 4: 32, 16: 96, 64: 256}
+"""Per turn. Turns are short and many: others share the machine, whose speed wanders on all scales of time, so what is far apart in time
+compares badly."""
+LEARNS = {1: 96, 4: 192, 16: 512, 64: 1024}
+"""Answers from which the engine learns to choose before it is measured: 70 steps at 64 sequences, some 400 of one."""
 ENVIRONMENTS = ("math", "code", "tools")
 ENGINES = {
     "off": {"speculative_tokens": 0},
@@ -52,9 +56,7 @@ ENGINES = {
 HELD = {"zero": 0, "two": 2, "on": 4, "auto": None}
 """How the drafting engine goes about it."""
 NAMES = ("off", "control", *HELD)
-LEARNING = 2
-"""Repetitions' worth of answers at each batch size from which the engine learns to choose before it is measured: some 100 steps."""
-REPETITIONS = 9
+REPETITIONS = 25
 
 
 def bench() -> dict[str, list[float]]:
@@ -69,8 +71,8 @@ async def measure() -> dict[str, list[float]]:
     try:
         prompts = first_turns(chat)
         for batch in BATCHES:
-            for _ in range(LEARNING):
-                await answer(engines["drafting"], [next(prompts) for _ in range(ANSWERS[batch])], batch)
+            await engines["drafting"].hold_drafts(None)
+            await answer(engines["drafting"], [next(prompts) for _ in range(LEARNS[batch])], batch)
             figures |= await compare(engines, prompts, batch, f"_batch_{batch}", done)
     finally:
         for engine in engines.values():

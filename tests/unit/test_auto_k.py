@@ -8,27 +8,35 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rollout_workers.vllm_plugin.auto_k import STINT, AutoK, Turns, split, watch
+from rollout_workers.vllm_plugin.auto_k import FEW, AutoK, Turns, split, watch
 
 
 class Machine:
     """Answers of some 14 tokens, each behind a prompt that is read while others go on; the clock is its own.
 
-    A step takes `base` + `per_sequence` for each, and with drafts `per_draft` + `per_row` for each sequence, all of it k times, with noise,
-    hiccups, and a speed that drifts.
+    A step takes `base` + `per_sequence` for each, and with drafts `per_draft` + `per_row` for each sequence, all of it k times. The speed
+    drifts, has hiccups, and wanders as that of a shared machine does: alike on all scales from one step to a thousand. Measured there,
+    neighbouring blocks of 5 ms, 80 ms and 1.2 s differ by 0.15, 0.17 and 0.14 (standard deviation of the log).
     """
 
     def __init__(
         self, stands: float = 0.8, *, base: float = 3.5, per_sequence: float = 0.06, per_draft: float = 0.5, per_row: float = 0.03,
-        seed: int = 0, drift: float = 0.0, prompts: bool = True,
+        seed: int = 0, drift: float = 0.0, prompts: bool = True, wander: float = 0.07,
     ) -> None:  # fmt: skip
         self.stands, self.drift, self.prompts, self.rng = stands, drift, prompts, np.random.default_rng(seed)
         self.costs = base, per_sequence, per_draft, per_row
-        self.steps, self.lengths = 0, dict[int, list[int]]()
+        self.steps, self.lengths, self.verified = 0, dict[int, list[int]](), -1
+        self.fading, self.wander = np.exp(-1 / 4.0 ** np.arange(6)), wander
+        self.slow = self.rng.normal(size=6)
 
     def step_s(self, batch: int, k: int) -> float:
         base, per_sequence, per_draft, per_row = self.costs
         return base + per_sequence * batch + k * (per_draft + per_row * batch)
+
+    def slowness(self) -> float:
+        self.slow = self.fading * self.slow + np.sqrt(1 - self.fading**2) * self.rng.normal(size=6)
+        hiccup = 5 if self.rng.random() < 0.005 else 1
+        return float(hiccup * np.exp(self.wander * self.slow.sum()) * (1 + self.drift * np.sin(self.steps / 300)))
 
     def brings(self, k: int) -> float:
         return sum(self.stands**j for j in range(k + 1))
@@ -41,19 +49,18 @@ class Machine:
         chosen, left = [], self.lengths.setdefault(batch, [0] * batch)
         for _ in range(steps):
             k, brought, prompt = auto.choose(batch), [], 0
+            verified = k if self.verified < 0 else self.verified  # proposed in the step before
             for s in range(batch):
                 if left[s] <= 0:
                     left[s] = int(self.rng.geometric(1 / 14))
                     prompt += int(self.rng.integers(15, 105)) if self.prompts else 0
                 else:
-                    brought.append(1 + next((j for j in range(k) if self.rng.random() > self.stands), k))
+                    brought.append(1 + next((j for j in range(verified) if self.rng.random() > self.stands), verified))
                     left[s] -= brought[-1]
-            slow = 1 + self.drift * np.sin(self.steps / 300)
-            seconds = (
-                slow * (self.step_s(batch, k) + 0.02 * prompt) * self.rng.lognormal(-0.005, 0.1) * (5 if self.rng.random() < 0.01 else 1)
-            )
-            if 2 * len(brought) >= batch:
-                auto.record(batch, k, brought, seconds, prompt=prompt)
+            work = (self.step_s(batch, k) + self.step_s(batch, verified)) / 2 + 0.02 * prompt
+            if k == verified and 2 * len(brought) >= batch:
+                auto.record(batch, k, brought, work * self.slowness(), prompt=prompt)
+            self.verified = k
             self.steps += 1
             chosen.append(k)
         return chosen
@@ -70,6 +77,7 @@ KINDS = {
     "two or four": {"per_draft": 0.7, "per_row": 0.03},
     "few pay in large batches": {"per_draft": 0.5, "per_row": 0.08},
     "none pays": {"stands": 0.15, "per_draft": 0.8, "per_row": 0.05},
+    "as measured": {"stands": 0.83, "base": 7.0, "per_sequence": 0.2, "per_draft": 0.5, "per_row": 0.09},
 }
 LEARNS = {1: 300, 4: 150, 16: 100, 64: 50}
 """Steps, as many as the benchmark has before it measures."""
@@ -85,9 +93,9 @@ def test_it_is_within_three_percent_of_the_best_number_soon_after_it_has_begun(k
             machine = Machine(seed=seed, drift=drift, **KINDS[kind])  # type: ignore[arg-type]
             first.append(worth(machine, batch, machine.run(auto, batch, steps)))
             after.append(worth(machine, batch, machine.run(auto, batch, 3 * steps)))
-    assert np.mean(after) > 0.97
-    assert np.mean(np.array(after) > 0.95) > 0.9
-    assert np.mean(first) > 0.85, "finding out is cheap"
+    assert np.mean(after) > 0.975
+    assert np.mean(np.array(after) > 0.95) > 0.95
+    assert np.mean(first) > 0.93, "finding out is cheap"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +117,7 @@ def test_it_follows_a_policy_whose_drafts_get_better_and_worse() -> None:
 @pytest.mark.parametrize("batch", [1, 16])
 def test_no_drafts_at_all_are_always_tried_and_soon(kind: str, batch: int) -> None:
     auto, machine = AutoK(4), Machine(**KINDS[kind])  # type: ignore[arg-type]
-    assert machine.run(auto, batch, 100).count(0) >= STINT
+    assert machine.run(auto, batch, 100).count(0) >= FEW
 
 
 def test_each_batch_size_has_a_number_of_its_own() -> None:
@@ -130,11 +138,11 @@ def test_one_hiccup_of_the_machine_changes_nothing() -> None:
     assert np.mean(np.array(machine.run(auto, 2, 200)) == 4) > 0.8
 
 
-def test_a_trial_that_fell_into_a_slow_moment_is_made_again() -> None:
-    """All steps of the first trial of 4 take 1.6 times as long, as where others have part of the processor."""
+def test_trials_that_fell_into_a_slow_moment_are_made_again() -> None:
+    """The first two trials of 4 take 1.6 times as long, as where others have part of the processor."""
 
     class Disturbed(AutoK):
-        slow = STINT
+        slow = FEW // 2
 
         def record(self, batch: int, k: int, brought: Sequence[int], seconds: float, *, prompt: int = 0) -> None:
             if k == 4 and self.slow:
@@ -193,9 +201,9 @@ class Scheduler:
 def test_a_watched_scheduler_tells_what_each_number_brought() -> None:
     scheduler, auto = Scheduler(), AutoK(2)
     watch(scheduler, auto)
-    for _ in range(12 * STINT):
+    for _ in range(100):
         scheduler.update_from_output(scheduler.schedule(), None)
-    assert auto._buckets[1].stints >= 3
+    assert auto._buckets[1].count >= 2 * FEW
     assert [auto.tokens(k) for k in (0, 1, 2)] == pytest.approx([1, 2, 3]), "a step that began under another number would show"
 
 
