@@ -93,8 +93,8 @@ def test_it_is_within_three_percent_of_the_best_number_soon_after_it_has_begun(k
             machine = Machine(seed=seed, drift=drift, **KINDS[kind])  # type: ignore[arg-type]
             first.append(worth(machine, batch, machine.run(auto, batch, steps)))
             after.append(worth(machine, batch, machine.run(auto, batch, 3 * steps)))
-    assert np.mean(after) > 0.975
-    assert np.mean(np.array(after) > 0.95) > 0.95
+    assert np.mean(after) > 0.978
+    assert np.mean(np.array(after) > 0.94) > 0.95
     assert np.mean(first) > 0.93, "finding out is cheap"
 
 
