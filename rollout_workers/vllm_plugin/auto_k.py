@@ -38,9 +38,9 @@ BETWEEN = 6
 """Measured steps of the best k, at least, between two trials; a trial is compared with their median."""
 TRIALS = 32
 """Trials of a k that count, by their median."""
-FEW = 5
+FEW = 6
 """Trials of a k below which nothing is concluded: one may have fallen into a slow moment."""
-DOUBT = 0.35
+DOUBT = 0.4
 """By which share the seconds of a single trial may be off; those of n by the root of n less."""
 DRAFT_DOUBT = 0.4
 """The same for the tokens of a single step."""
@@ -93,16 +93,25 @@ class Trials:
 
 @dataclass
 class PromptCost:
-    """Seconds that a prompt token adds to a step: the slope of what a step took beyond what it takes without a prompt."""
+    """Seconds that a prompt token adds to a step: the slope of what a step took beyond the usual, over the tokens read. With an intercept,
+    since a mean step takes more than a median one, with or without a prompt; the first steps could not tell it from the slope, so it begins
+    as if there had been some without either."""
 
-    slope: float = 0.0
-    _product: float = 0.0
+    _count: float = 20.0
+    _tokens: float = 0.0
+    _beyond: float = 0.0
     _square: float = 0.0
+    _product: float = 0.0
 
     def add(self, tokens: int, beyond: float) -> None:
-        fade = 1 - 1 / MEMORY
-        self._product, self._square = fade * self._product + tokens * beyond, fade * self._square + tokens * tokens
-        self.slope = max(self._product / self._square, 0.0)
+        self._count = min(self._count + 1, MEMORY)
+        for name, value in (("_tokens", tokens), ("_beyond", beyond), ("_square", tokens * tokens), ("_product", tokens * beyond)):
+            setattr(self, name, getattr(self, name) + (value - getattr(self, name)) / self._count)
+
+    @property
+    def slope(self) -> float:
+        spread = self._square - self._tokens**2
+        return max((self._product - self._tokens * self._beyond) / spread, 0.0) if spread > 1 else 0.0
 
 
 @dataclass
@@ -183,9 +192,11 @@ class AutoK:
         for j in range(k):
             self._stand[j].add(sum(tokens > j + 1 for tokens in brought) / len(brought))
         usual = bucket.usual(k)
-        if prompt and usual:
-            self.prompt.add(prompt, min(seconds - usual, 2 * usual + self.prompt.slope * prompt))
-        seconds = max(seconds - self.prompt.slope * prompt, seconds / 4)
+        slope = self.prompt.slope
+        if usual:
+            self.prompt.add(prompt, min(seconds - usual, 2 * usual + slope * prompt))
+        if usual := usual or bucket.seconds:  # by division: a machine that is slow for a moment is slow in reading, too
+            seconds *= usual / (usual + slope * prompt)
         if bucket.trial is None:
             bucket.steps.append(seconds)
         else:
