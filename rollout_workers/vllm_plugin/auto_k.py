@@ -91,27 +91,24 @@ class Trials:
         return len(self.last) < FEW
 
 
-@dataclass
 class PromptCost:
     """Seconds that a prompt token adds to a step: the slope of what a step took beyond the usual, over the tokens read. With an intercept,
     since a mean step takes more than a median one, with or without a prompt; the first steps could not tell it from the slope, so it begins
     as if there had been some without either."""
 
-    _count: float = 20.0
-    _tokens: float = 0.0
-    _beyond: float = 0.0
-    _square: float = 0.0
-    _product: float = 0.0
+    def __init__(self) -> None:
+        self._tokens, self._beyond, self._square, self._product = (Mean(count=20.0) for _ in range(4))
 
     def add(self, tokens: int, beyond: float) -> None:
-        self._count = min(self._count + 1, MEMORY)
-        for name, value in (("_tokens", tokens), ("_beyond", beyond), ("_square", tokens * tokens), ("_product", tokens * beyond)):
-            setattr(self, name, getattr(self, name) + (value - getattr(self, name)) / self._count)
+        self._tokens.add(tokens)
+        self._beyond.add(beyond)
+        self._square.add(tokens * tokens)
+        self._product.add(tokens * beyond)
 
     @property
     def slope(self) -> float:
-        spread = self._square - self._tokens**2
-        return max((self._product - self._tokens * self._beyond) / spread, 0.0) if spread > 1 else 0.0
+        spread = self._square.value - self._tokens.value**2
+        return max((self._product.value - self._tokens.value * self._beyond.value) / spread, 0.0) if spread > 1 else 0.0
 
 
 @dataclass

@@ -15,8 +15,7 @@ class Machine:
     """Answers of some 14 tokens, each behind a prompt that is read while others go on; the clock is its own.
 
     A step takes `base` + `per_sequence` for each, and with drafts `per_draft` + `per_row` for each sequence, all of it k times. The speed
-    drifts, has hiccups, and wanders as that of a shared machine does: alike on all scales from one step to a thousand. Measured there,
-    neighbouring blocks of 5 ms, 80 ms and 1.2 s differ by 0.15, 0.17 and 0.14 (standard deviation of the log).
+    drifts, has hiccups, and wanders as that of a shared machine does: alike on all scales from one step to a thousand.
     """
 
     def __init__(
@@ -97,16 +96,22 @@ def test_it_is_within_three_percent_of_the_best_number_soon_after_it_has_begun(k
             first.append(worth(machine, batch, machine.run(auto, batch, steps)))
             after.append(worth(machine, batch, machine.run(auto, batch, 3 * steps)))
     assert np.mean(after) > 0.975
-    assert np.mean(np.array(after) > 0.94) > 0.9
+    assert np.mean(np.array(after) > 0.95) > 0.9
     assert np.mean(first) > 0.93, "finding out is cheap"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [1, 16])
 def test_in_the_long_run_trials_cost_next_to_nothing(kind: str, batch: int) -> None:
-    auto, machine = AutoK(4), Machine(drift=0.2, **KINDS[kind])  # type: ignore[arg-type]
-    machine.run(auto, batch, 1000)
-    assert worth(machine, batch, machine.run(auto, batch, 5000)) > 0.97
+    """On a machine of its own, and on average on one that others use."""
+
+    def found(seed: int, **noise: float) -> float:
+        auto, machine = AutoK(4), Machine(drift=0.2, seed=seed, **KINDS[kind], **noise)  # type: ignore[arg-type]
+        machine.run(auto, batch, 1000)
+        return worth(machine, batch, machine.run(auto, batch, 5000))
+
+    assert found(0, wander=0.0, noise=0.1) > 0.975
+    assert np.mean([found(seed) for seed in range(3)]) > 0.975
 
 
 def test_it_follows_a_policy_whose_drafts_get_better_and_worse() -> None:
