@@ -17,6 +17,8 @@ row tell hardly more of a k than one does, and eight single ones much more. A k 
 left, reaches the best one's: where two are far apart that is settled at once, and where they are close, trying costs little. The others
 go by turns, as long as all together cost no more than `REGRET` of the time: the policy and the machine change.
 
+A step of a small model takes five milliseconds, of which what is done here after each is part: little, and the rest every few steps.
+
 Upstream (vLLM 0.32) takes k from a table by batch size, fixed in its configuration. `install` puts an AutoK in the table's place.
 """
 
@@ -36,7 +38,7 @@ AUTO_VARIABLE = "POLYRL_AUTO_K"
 
 BETWEEN = 6
 """Measured steps of the best k, at least, between two trials; a trial is compared with their median."""
-TRIALS = 32
+TRIALS = 64
 """Trials of a k that count, by their median."""
 FEW = 6
 """Trials of a k below which nothing is concluded: one may have fallen into a slow moment."""
@@ -44,7 +46,7 @@ DOUBT = 0.4
 """By which share the seconds of a single trial may be off; those of n by the root of n less."""
 DRAFT_DOUBT = 0.4
 """The same for the tokens of a single step."""
-REGRET = 0.005
+REGRET = 0.002
 """Share of the time that may go to trials of a k that does not look worth one."""
 SWITCH = 2
 """Steps that a trial costs beside its own: one before it still verifies the other number, and one after it."""
@@ -54,7 +56,7 @@ OTHERS = 50
 """Steps that what steps with other numbers say of a k weighs as much as. Where runs are long, more drafts begin at hard places."""
 MEMORY = 200
 """Steps of the same k after which a number of tokens has faded to 1/e. A policy moves within some hundreds of steps at the earliest."""
-FORGOTTEN = 2000
+FORGOTTEN = 5000
 """Steps of whatever k after which a count has faded to 1/e: what was seen long ago is in doubt again, and soon outweighed."""
 ENOUGH = 8
 """Steps that say whether drafts so far ahead stand at all; before, they are taken to stand as often as those before them."""
@@ -71,9 +73,9 @@ class Mean:
         self.count = min(self.count + 1, MEMORY)
         self.value += (value - self.value) / self.count
 
-    def fade(self) -> None:
-        """One step of whatever k later."""
-        self.count *= 1 - 1 / FORGOTTEN
+    def fade(self, steps: int) -> None:
+        """So many steps of whatever k later."""
+        self.count *= (1 - 1 / FORGOTTEN) ** steps
 
 
 @dataclass
@@ -81,10 +83,12 @@ class Trials:
     """What a step of some k took, in one bucket's own unit: that of the k it began with."""
 
     last: deque[float] = field(default_factory=lambda: deque(maxlen=TRIALS))
+    value: float = 1.0
+    """Their median."""
 
-    @property
-    def value(self) -> float:
-        return median(self.last) if self.last else 1.0
+    def add(self, times: float) -> None:
+        self.last.append(times)
+        self.value = median(self.last)
 
     @property
     def are_few(self) -> bool:
@@ -98,17 +102,16 @@ class PromptCost:
 
     def __init__(self) -> None:
         self._tokens, self._beyond, self._square, self._product = (Mean(count=20.0) for _ in range(4))
+        self.slope = 0.0
 
     def add(self, tokens: int, beyond: float) -> None:
         self._tokens.add(tokens)
         self._beyond.add(beyond)
         self._square.add(tokens * tokens)
         self._product.add(tokens * beyond)
-
-    @property
-    def slope(self) -> float:
         spread = self._square.value - self._tokens.value**2
-        return max((self._product.value - self._tokens.value * self._beyond.value) / spread, 0.0) if spread > 1 else 0.0
+        common = self._product.value - self._tokens.value * self._beyond.value
+        self.slope = max(common / spread, 0.0) if spread > 1 else 0.0
 
 
 @dataclass
@@ -168,6 +171,8 @@ class AutoK:
         self._brought = {k: Mean() for k in self.numbers}
         """Tokens per sequence and step, of steps with this k alone."""
         self.prompt = PromptCost()
+        self._unfaded = 0
+        """Steps since counts were last faded."""
         self._buckets: dict[int, Bucket] = {}
 
     def __getitem__(self, batch: int) -> int:
@@ -183,8 +188,7 @@ class AutoK:
         bucket = self._bucket(batch)
         if k != bucket.k or seconds <= 0:
             return
-        for mean in (*self._stand, *self._brought.values()):
-            mean.fade()
+        self._unfaded += 1
         self._brought[k].add(sum(brought) / len(brought))
         for j in range(k):
             self._stand[j].add(sum(tokens > j + 1 for tokens in brought) / len(brought))
@@ -198,9 +202,7 @@ class AutoK:
             bucket.steps.append(seconds)
         else:
             self._end_trial(bucket, seconds)
-        # The dearest trial is the most that is saved up for: else a quiet hour would be spent on trials once they become dear.
-        dearest = (1 + SWITCH) * max(map(bucket.usual, bucket.relative))
-        bucket.credit_s = min(bucket.credit_s + REGRET * seconds, dearest)
+        bucket.credit_s += REGRET * seconds
         bucket.left -= 1
         if bucket.left <= 0:
             self._go_on(bucket)
@@ -208,7 +210,7 @@ class AutoK:
     def _end_trial(self, bucket: Bucket, seconds: float) -> None:
         k, bucket.trial = bucket.k, None
         times = seconds / bucket.seconds * bucket.relative[bucket.best].value
-        bucket.relative.setdefault(k, Trials()).last.append(times)
+        bucket.relative.setdefault(k, Trials()).add(times)
         bucket.count += 1
         bucket.turns[k] = bucket.count
         bucket.credit_s -= bucket.price_s
@@ -216,11 +218,16 @@ class AutoK:
 
     def _go_on(self, bucket: Bucket) -> None:
         """With a better k if there is one; else with a trial if one is due."""
+        for mean in (*self._stand, *self._brought.values()):
+            mean.fade(self._unfaded)
+        self._unfaded = 0
+        # The dearest trial is the most that is saved up for: else a quiet hour would be spent on trials once they become dear.
+        bucket.credit_s = min(bucket.credit_s, (1 + SWITCH) * max(map(bucket.usual, bucket.relative)))
+        bucket.left = BETWEEN
         known = [k for k, trials in bucket.relative.items() if k == bucket.best or not trials.are_few]
         leader = max(known, key=lambda k: self._value(bucket, k))
         if self._value(bucket, leader) > MARGIN * self._value(bucket, bucket.best):
             bucket.prefer(leader)
-            bucket.left = BETWEEN
         else:
             bucket.trial = self._next_trial(bucket)
 

@@ -26,11 +26,20 @@ from rollout_workers.vllm_plugin.auto_k import AUTO_VARIABLE, CHOOSERS
 from rollout_workers.vllm_plugin.latent_moe import FEW_OPERATIONS
 from rollout_workers.vllm_plugin.raw_weights import Views, raw_weight
 
-LEAST_CHANCE = 0.2
+LEAST_CHANCE = 0.1
 """Where k is chosen, a draft is verified if it stands with this chance, by the head's own probabilities of it and of those before it.
 
-A draft that is rejected still costs a pass through the head and a place in the policy's: a small chance brings less than that.
+A draft that is rejected still costs a place in the policy's pass: a small chance brings less than that.
 """
+NEXT_CHANCE = 0.2
+"""The same for another draft behind it, which costs a pass through the head as well."""
+
+
+class Doubt(NamedTuple):
+    """Of what the head itself gives which chance nothing comes."""
+
+    verify: float = 0.0
+    go_on: float = 0.0
 
 
 class Batch(NamedTuple):
@@ -44,11 +53,11 @@ class Batch(NamedTuple):
 class Head:
     """vLLM's NemotronHMTP, called without its layers' ceremony. Weights are looked up at each call, since updates may replace them."""
 
-    def __init__(self, model: Any, block_size: int, dtype: torch.dtype, split_kv: bool, least_chance: float) -> None:
+    def __init__(self, model: Any, block_size: int, dtype: torch.dtype, split_kv: bool, doubt: Doubt) -> None:
         first, second = model.model.layers["0"], model.model.layers["1"]
         self.embed, self.lm_head, self.vocab = model.model.embed_tokens, model.lm_head, model.config.vocab_size
         self.first, self.second, self.mixer, self.experts = first, second, first.mixer, second.mixer
-        self.block_size, self.dtype, self.split_kv, self.least_chance = block_size, dtype, split_kv, least_chance
+        self.block_size, self.dtype, self.split_kv, self.doubt = block_size, dtype, split_kv, doubt
         blocks, heads, size, _ = self.mixer.attn.kv_cache.shape
         assert size == block_size, f"attention blocks of {size} tokens, drafts placed in blocks of {block_size}"
         self.keys, self.values = self.mixer.attn.kv_cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
@@ -172,20 +181,20 @@ def propose(
 
 
 def likeliest(head: Head, first: tuple[Tensor, Tensor, Tensor], batch: Batch, k: int, longest: int) -> list[list[int]]:
-    """The most likely tokens of each sequence, as long as the head thinks that all of them up to here may well stand.
+    """The most likely tokens of each sequence, as long as the head thinks that all of them up to here may well stand (`head.doubt`).
 
     How many there are depends on what stands before them and on nothing that is sampled later, so what is verified keeps the policy's
     distribution.
     """
     hidden, draft, logprob = first
-    least_chance = head.least_chance if auto_k.held is None else 0.0
+    doubt = head.doubt if auto_k.held is None else Doubt()
     drafts, counts = [draft.numpy()], np.zeros(len(hidden), np.int64)
-    chance = np.ones(len(hidden), np.float32)
+    chance, going_on = np.ones(len(hidden), np.float32), np.ones(len(hidden), bool)
     while True:
         chance = chance * np.exp(logprob.numpy())
-        kept = chance >= least_chance
-        counts += kept  # a chance only falls, so those that are kept come first
-        if len(drafts) == k or not kept.any():
+        counts += going_on & (chance >= doubt.verify)
+        going_on &= chance >= doubt.go_on
+        if len(drafts) == k or not going_on.any():
             break
         hidden, draft, logprob = head.follow(draft, hidden, batch, longest)
         drafts.append(draft.numpy())
@@ -220,8 +229,9 @@ def head_of(proposer: Any) -> Head:
     if getattr(proposer, "polyrl_head", None) is None:
         import vllm.envs as envs
 
-        least_chance = LEAST_CHANCE if os.environ.get(AUTO_VARIABLE) in CHOOSERS else 0.0  # a fixed k means k drafts, come what may
-        proposer.polyrl_head = Head(proposer.model, proposer.block_size, proposer.dtype, envs.VLLM_CPU_ATTN_SPLIT_KV, least_chance)
+        is_chosen = os.environ.get(AUTO_VARIABLE) in CHOOSERS
+        doubt = Doubt(LEAST_CHANCE, NEXT_CHANCE) if is_chosen else Doubt()  # a fixed k means k drafts, come what may
+        proposer.polyrl_head = Head(proposer.model, proposer.block_size, proposer.dtype, envs.VLLM_CPU_ATTN_SPLIT_KV, doubt)
     return proposer.polyrl_head  # type: ignore[no-any-return]
 
 

@@ -2,13 +2,14 @@
 
     speedup_batch_1|4|16|64        k = 4, for which the head was trained, over an engine without drafts, with so many sequences at a time
     speedup_two_batch_N            k = 2 over none
-    auto_over_best_batch_N         choosing k, from 0 to 4, over that one of off, zero, two and on whose median is best
-    auto_k_worst                   the smallest of their medians
     control_batch_N                a second engine without drafts over the first: how far apart equal engines are here
-    tokens_per_s_<engine>_batch_N  of the same prompts, in turns
-    tokens_per_step_<engine>_batch_N   generated tokens per sequence and forward pass of the policy, that of the prompt included
-    drafts_per_step_<engine>_batch_N   a little less than k, since prompts count as passes
-    acceptance_<engine>_<j>        accepted over proposed, of j-th drafts
+    auto_over_on|two_batch_N       choosing k, from 0 to 4, over k = 4 and k = 2
+    auto_over_best_batch_N         the same over the best of on, two, zero and off
+    auto_k_worst                   the smallest of their medians
+    tokens_per_s_<name>_batch_N    of the same prompts, in turns
+    tokens_per_step_<name>_batch_N     generated tokens per sequence and forward pass of the policy, that of the prompt included
+    drafts_per_step_<name>_batch_N     a little less than k, since prompts count as passes
+    acceptance_<name>_<j>          accepted over proposed, of j-th drafts
 
 Prompts are first turns of math, code and tools, of 15 to 105 tokens: what is measured is generation, and not how fast the 4,000 tokens
 of a document are read, to which drafts add nothing. Answers are sampled at temperature 1 and are as long as the policy likes, some 14
@@ -16,15 +17,18 @@ tokens on average.
 
 Two engines that do the same stay some percent apart for as long as they live, whatever the number of repetitions: by where their
 memory lies, it seems. So one engine drafts: it is held at 0, 2 and 4 drafts in every step (zero, two, on), and chooses (auto), in turns.
+Turns are short and many, since others share the machine: its speed wanders on all scales of time, so what is far apart in time compares
+badly. Most are spent where the answer is closest, on the choice among numbers of drafts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -39,14 +43,15 @@ from rl_core.types import Completion, SamplingParams, add_positions
 from rollout_workers.engine import Engine
 
 T = TypeVar("T")
+Figures = dict[str, list[float]]
+
 ROOT = Path(__file__).parents[2]
 SEED_MODEL = ROOT / "configs" / "models" / "seed"
 BATCHES = (1, 4, 16, 64)
 ANSWERS = {1: 6, 4: 16, 16: 48, 64: 192}
-"""Per turn. Turns are short and many: others share the machine, whose speed wanders on all scales of time, so what is far apart in time
-compares badly."""
-LEARNS = {1: 96, 4: 192, 16: 512, 64: 1024}
-"""Answers from which the engine learns to choose before it is measured: 70 steps at 64 sequences, some 400 of one."""
+"""Per turn."""
+LEARNS = {1: 300, 4: 800, 16: 1600, 64: 4096}
+"""Answers from which the engine learns to choose before it is measured: 300 steps at 64 sequences, some 1,400 of one."""
 ENVIRONMENTS = ("math", "code", "tools")
 ENGINES = {
     "off": {"speculative_tokens": 0},
@@ -55,44 +60,74 @@ ENGINES = {
 }
 HELD = {"zero": 0, "two": 2, "on": 4, "auto": None}
 """How the drafting engine goes about it."""
-NAMES = ("off", "control", *HELD)
-REPETITIONS = {1: 45, 4: 40, 16: 40, 64: 24}
+DRAFTS = ("off", "control", "zero", "two", "on")
+"""What is compared for the worth of drafts, REPETITIONS times."""
+CHOICES = ("two", "on", "auto")
+"""What is compared for that of choosing, CHOSEN times."""
+REPETITIONS = {1: 45, 4: 40, 16: 24, 64: 16}
+CHOSEN = {1: 360, 4: 240, 16: 140, 64: 70}
 
 
-def bench() -> dict[str, list[float]]:
+def bench() -> Figures:
     return asyncio.run(measure())
 
 
-async def measure() -> dict[str, list[float]]:
+async def measure() -> Figures:
     chat = ChatML(SEED_MODEL)
     engines = {name: await start(name, chat) for name in ENGINES}
-    figures: dict[str, list[float]] = {}
-    done: dict[str, list[Completion]] = defaultdict(list)
+    figures: Figures = {}
+    chosen: dict[str, list[Completion]] = defaultdict(list)
     try:
         prompts = first_turns(chat)
         for batch in BATCHES:
-            await engines["drafting"].hold_drafts(None)
-            await answer(engines["drafting"], [next(prompts) for _ in range(LEARNS[batch])], batch)
-            figures |= await compare(engines, prompts, batch, f"_batch_{batch}", done)
+            found, answers = await compare(engines, prompts, batch)
+            for name, values in found.items():
+                figures[f"{name}_batch_{batch}"] = values
+                print(f"{name}_batch_{batch}: {median(values):.3f}", file=sys.stderr, flush=True)
+            for name in CHOICES:
+                chosen[name] += answers[name]
     finally:
         for engine in engines.values():
             await engine.aclose()
     # Not the worst of each repetition: the smallest of four ratios that are each a few percent off is below 1 for equal engines, too.
     figures["auto_k_worst"] = [min(median(figures[f"auto_over_best_batch_{batch}"]) for batch in BATCHES)]
-    for name in ("two", "on", "auto"):
-        for j, (drafted, accepted) in enumerate(add_positions(c.positions for c in done[name]), 1):
+    for name in CHOICES:
+        for j, (drafted, accepted) in enumerate(add_positions(c.positions for c in chosen[name]), 1):
             figures[f"acceptance_{name}_{j}"] = [accepted / drafted]
     return figures
 
 
-async def compare(
-    engines: dict[str, Engine], prompts: Iterator[list[int]], batch: int, suffix: str, done: dict[str, list[Completion]]
-) -> dict[str, list[float]]:
-    """All in turns, each round with the same prompts for all."""
+async def compare(engines: dict[str, Engine], prompts: Iterator[list[int]], batch: int) -> tuple[Figures, dict[str, list[Completion]]]:
+    """Figures with so many sequences at a time, and the answers of CHOICES."""
+    worth, _ = await in_turns(engines, DRAFTS, prompts, batch, REPETITIONS[batch])
+    drafting = engines["drafting"]
+    await drafting.hold_drafts(None)
+    await answer(drafting, [next(prompts) for _ in range(LEARNS[batch])], batch)
+    choice, answers = await in_turns(engines, CHOICES, prompts, batch, CHOSEN[batch])
+
+    figures = {f"tokens_per_s_{name}": values for name, values in (choice | worth).items()}
+    for name, completions in answers.items():
+        passes = sum(c.engine_steps for c in completions)
+        figures[f"tokens_per_step_{name}"] = [sum(len(c.token_ids) for c in completions) / passes]
+        figures[f"drafts_per_step_{name}"] = [sum(c.drafted for c in completions) / passes]
+    figures["control"] = ratio(worth["control"], worth["off"])
+    figures["speedup"], figures["speedup_two"] = ratio(worth["on"], worth["off"]), ratio(worth["two"], worth["off"])
+    over = {name: ratio(choice["auto"], choice[name]) for name in ("on", "two")}
+    undrafted = max(median(ratio(worth[name], worth["on"])) for name in ("off", "zero"))
+    over_undrafted = [value / undrafted for value in over["on"]]
+    figures |= {f"auto_over_{name}": values for name, values in over.items()}
+    figures["auto_over_best"] = min((*over.values(), over_undrafted), key=median)
+    return figures, answers
+
+
+async def in_turns(
+    engines: dict[str, Engine], names: Sequence[str], prompts: Iterator[list[int]], batch: int, repetitions: int
+) -> tuple[Figures, dict[str, list[Completion]]]:
+    """Tokens per second of each, and its answers. Every round has the same prompts for all."""
     loop = asyncio.get_running_loop()
-    rounds = {name: itertools.count() for name in NAMES}
+    rounds = {name: itertools.count() for name in names}
     asked: list[list[list[int]]] = []
-    steps: dict[str, list[float]] = defaultdict(list)
+    done: dict[str, list[Completion]] = {name: [] for name in names}
 
     def wait_for(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, loop).result()
@@ -109,23 +144,11 @@ async def compare(
             answers = wait_for(answer(engine, asked[number], batch))
             seconds = time.perf_counter() - began
             done[name] += answers
-            tokens, passes = sum(len(c.token_ids) for c in answers), sum(c.engine_steps for c in answers)
-            steps[f"tokens_per_step_{name}"].append(tokens / passes)
-            steps[f"drafts_per_step_{name}"].append(sum(c.drafted for c in answers) / passes)
-            return tokens / seconds
+            return sum(len(c.token_ids) for c in answers) / seconds
 
         return measured
 
-    rates = await asyncio.to_thread(interleaved, {name: turn(name) for name in NAMES}, REPETITIONS[batch])
-    best = max((rates[name] for name in ("off", "zero", "two", "on")), key=median)
-    return {
-        **{f"tokens_per_s_{name}{suffix}": values for name, values in rates.items()},
-        **{f"{figure}{suffix}": values for figure, values in steps.items() if not figure.endswith(("_off", "_control", "_zero"))},
-        f"control{suffix}": ratio(rates["control"], rates["off"]),
-        f"speedup{suffix}": ratio(rates["on"], rates["off"]),
-        f"speedup_two{suffix}": ratio(rates["two"], rates["off"]),
-        f"auto_over_best{suffix}": ratio(rates["auto"], best),
-    }
+    return await asyncio.to_thread(interleaved, {name: turn(name) for name in names}, repetitions), done
 
 
 async def answer(engine: Engine, prompts: list[list[int]], batch: int) -> list[Completion]:

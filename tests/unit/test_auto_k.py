@@ -82,7 +82,7 @@ KINDS = {
     "as measured": {"stands": 0.83, "base": 7.0, "per_sequence": 0.2, "per_draft": 0.5, "per_row": 0.09, "per_token": 0.067},
 }
 LEARNS = {1: 300, 4: 150, 16: 100, 64: 50}
-"""Steps, as many as the benchmark has before it measures."""
+"""Steps: the first second or two."""
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rollout_workers.vllm_plugin import conv_update, kernels, ssm_update
 from rollout_workers.vllm_plugin.latent_moe import FEW_OPERATIONS, Routing, dense_experts, route
-from rollout_workers.vllm_plugin.mtp_draft import Batch, Head, likeliest
+from rollout_workers.vllm_plugin.mtp_draft import Batch, Doubt, Head, likeliest
 from rollout_workers.vllm_plugin.raw_weights import Views
 from rollout_workers.vllm_plugin.rejection import verify
 from tests.unit.test_rejection import MANY, assert_distributed, distributions
@@ -164,7 +164,7 @@ def model_of(dim: int, vocab: int, *, is_compiled: bool = True, bias: Tensor | N
 
 
 def test_the_head_is_compiled_where_vllm_has_packed_its_weights_and_let_go_of_them() -> None:
-    head = Head(model_of(24, 50), 8, torch.float32, False, 0.0)
+    head = Head(model_of(24, 50), 8, torch.float32, False, Doubt())
     assert head.is_compiled
     assert head.operations == 50 * 24 + 24 * 48 + 16 * 24 + 24 * 8 + 1000
     assert head.few(1)
@@ -172,8 +172,8 @@ def test_the_head_is_compiled_where_vllm_has_packed_its_weights_and_let_go_of_th
 
 
 def test_a_head_with_a_bias_or_other_experts_is_left_to_operations() -> None:
-    assert not Head(model_of(24, 50, bias=torch.zeros(24)), 8, torch.float32, False, 0.0).few(1)
-    assert not Head(model_of(24, 50, is_compiled=False), 8, torch.float32, False, 0.0).few(1)
+    assert not Head(model_of(24, 50, bias=torch.zeros(24)), 8, torch.float32, False, Doubt()).few(1)
+    assert not Head(model_of(24, 50, is_compiled=False), 8, torch.float32, False, Doubt()).few(1)
 
 
 def test_without_a_place_to_keep_them_they_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,8 +280,8 @@ def test_verification(seed: int) -> None:
 class Drafts:
     """A head whose drafts and their chances are written down."""
 
-    def __init__(self, chances: list[list[float]], least_chance: float) -> None:
-        self.chances, self.least_chance, self.asked = chances, least_chance, 0
+    def __init__(self, chances: list[list[float]], doubt: Doubt) -> None:
+        self.chances, self.doubt, self.asked = chances, doubt, 0
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
         self.asked += 1
@@ -294,8 +294,14 @@ class Drafts:
 
 
 def test_drafts_that_hardly_stand_are_dropped_with_those_behind_them_and_no_more_are_made() -> None:
-    head = Drafts([[0.9, 0.5, 0.2], [0.9, 0.5, 1.0], [0.9, 1.0, 1.0], [0.1, 1.0, 1.0], [1.0] * 3], least_chance=0.3)
+    head = Drafts([[0.9, 0.5, 0.2], [0.9, 0.5, 1.0], [0.9, 1.0, 1.0], [0.1, 1.0, 1.0], [1.0] * 3], Doubt(0.3, 0.3))
     assert likeliest(head, head.next(), None, 8, 99) == [[11, 12, 13], [11], []]  # type: ignore[arg-type]
     assert head.asked == 4
-    head = Drafts([[0.1, 0.5], [0.1, 0.5]], least_chance=0.0)
+    head = Drafts([[0.1, 0.5], [0.1, 0.5]], Doubt())
     assert likeliest(head, head.next(), None, 2, 99) == [[11, 12], [11, 12]]  # type: ignore[arg-type]
+
+
+def test_a_draft_may_be_worth_verifying_but_none_behind_it_worth_making() -> None:
+    head = Drafts([[0.4, 0.4, 0.9], [1.0, 1.0, 0.5], [1.0, 1.0, 0.5]], Doubt(verify=0.3, go_on=0.5))
+    assert likeliest(head, head.next(), None, 8, 99) == [[11], [11], [11, 12]]  # type: ignore[arg-type]
+    assert head.asked == 2
