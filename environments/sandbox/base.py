@@ -32,7 +32,7 @@ class Limits:
 
     wall_s: float = 12.0  # the whole job, by the host's clock
     case_wall_s: float = 6.0  # one input
-    cpu_s: int = 2  # one process; whole seconds
+    cpu_s: int = 2  # one process; whole seconds, and one more if it is deaf to SIGXCPU
     memory_mb: int = 256  # all processes and temporary files together; one process may map twice that
     processes: int = 32
     open_files: int = 64

@@ -24,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-SIGKILL = 9
+SIGKILL, SIGXCPU = 9, 24
 TMP = "/tmp"
 CLEANING_S = 2.0
 """Longest time for emptying TMP between two cases: a million files take longer, and end the job."""
@@ -167,8 +167,10 @@ def run_case(job: dict[str, Any], value: object) -> tuple[str, bytes]:
         os.kill(pid, SIGKILL)
     _, status, used = os.wait4(pid, 0)
     if state == "done" and status != 0:
-        # The kernel's two counts of processor time differ by a tick or so.
-        state = "timeout" if used.ru_utime + used.ru_stime > job["cpu_s"] - 0.1 else "error"
+        # The limit counts ticks, and `used` what the scheduler gave, which may be less on a machine that others share: so the signal
+        # says whether time was up, and `used` only of a program that was deaf to it and killed a second later.
+        deaf = used.ru_utime + used.ru_stime > job["cpu_s"] - 0.1
+        state = "timeout" if status & 127 == SIGXCPU or deaf else "error"
     return "value" if state == "done" else state, out
 
 
@@ -215,7 +217,7 @@ def child(job: dict[str, Any], value: Any, writer: int) -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - the program's, until the process ends
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     os.nice(10)  # all share one processor: the runner must get to end them when their time is up
-    _limit(resource.RLIMIT_CPU, job["cpu_s"])
+    _limit(resource.RLIMIT_CPU, job["cpu_s"], job["cpu_s"] + 1)
     _limit(resource.RLIMIT_AS, job["memory_bytes"])
     _limit(resource.RLIMIT_FSIZE, job["file_bytes"])
     _limit(resource.RLIMIT_NOFILE, job["open_files"])
@@ -295,10 +297,11 @@ def write_all(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-def _limit(which: int, value: int) -> None:
-    hard = resource.getrlimit(which)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(which, (value, value))
+def _limit(which: int, soft: int, hard: int | None = None) -> None:
+    """Of this process and those that it starts; `hard` is `soft` unless it is given. Never more than it had."""
+    most = resource.getrlimit(which)[1]
+    limits = (soft, soft if hard is None else hard)
+    resource.setrlimit(which, limits if most == resource.RLIM_INFINITY else (min(limits[0], most), min(limits[1], most)))
 
 
 main()

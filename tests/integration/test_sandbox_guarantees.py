@@ -118,10 +118,11 @@ def test_its_system_calls_are_filtered(seen: Seen) -> None:
 def test_its_resource_limits_are_those_of_the_job(seen: Seen) -> None:
     limits = Limits()
     wanted = {
-        "Max cpu time": limits.cpu_s, "Max file size": limits.file_mb << 20, "Max core file size": 0,
+        "Max file size": limits.file_mb << 20, "Max core file size": 0,
         "Max processes": limits.processes, "Max open files": limits.open_files, "Max address space": 2 * limits.memory_mb << 20,
     }  # fmt: skip
     assert {name: seen.limits[name] for name in wanted} == {name: (str(v), str(v)) for name, v in wanted.items()}
+    assert seen.limits["Max cpu time"] == (str(limits.cpu_s), str(limits.cpu_s + 1))
 
 
 def test_all_its_processes_together_are_bounded_in_memory_number_and_processor(seen: Seen) -> None:

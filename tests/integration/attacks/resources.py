@@ -242,6 +242,16 @@ import time
 def f(x):
  for _ in range(1000): time.sleep(0.05)
  return x*2
+### 17 says that its time is up -> late
+import os
+def f(x):
+ os.kill(os.getpid(), 24)
+ return x*2
+### 17 deaf to the signal that its time is up -> late
+import signal
+def f(x):
+ signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+ while True: pass
 ### 17 processor time hidden in children -> late
 import os
 def f(x):
