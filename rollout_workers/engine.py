@@ -258,11 +258,15 @@ class Engine:
         await self._control(self._llm.init_weight_transfer_engine(WeightTransferInitRequest({})), "open its weight channel")
         self._stages = all(await self._control(self._llm.collective_rpc("weights_open"), "look at its weights"))
         await self._control(self._llm.update_weight_version(str(self.version)), "name its version")
+        if self._rollout.auto_k:  # nobody learns from the first steps: they are slow, and drafts behind prompts like these never stand
+            await self.hold_drafts(self._rollout.speculative_tokens)
         params = SamplingParams(max_tokens=WARM_UP_TOKENS)
         count = self._rollout.max_num_seqs
         prompts = [self._probe_prompts[i % PROBES] for i in range(count)]
         work = [self._generate(ids, params, WARM_UP_TOKENS, [], f"warm-up-{i}") for i, ids in enumerate(prompts)]
         await self._bounded(asyncio.gather(*work), PROBE_TIMEOUT_S, "warm up")
+        if self._rollout.auto_k:
+            await self.hold_drafts(None)
 
     async def _probe(self, version: int) -> tuple[Completion, ...]:
         params = SamplingParams(max_tokens=PROBE_TOKENS, temperature=1.0)

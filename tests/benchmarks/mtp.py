@@ -65,7 +65,7 @@ DRAFTS = ("off", "control", "zero", "two", "on")
 CHOICES = ("two", "on", "auto")
 """What is compared for that of choosing, CHOSEN times."""
 REPETITIONS = {1: 45, 4: 40, 16: 24, 64: 16}
-CHOSEN = {1: 360, 4: 240, 16: 140, 64: 70}
+CHOSEN = {1: 480, 4: 480, 16: 200, 64: 90}
 
 
 def bench() -> Figures:
