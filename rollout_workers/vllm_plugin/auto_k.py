@@ -17,7 +17,8 @@ row tell hardly more of a k than one does, and eight single ones much more. A k 
 left, reaches the best one's: where two are far apart that is settled at once, and where they are close, trying costs little. The others
 go by turns, as long as all together cost no more than `REGRET` of the time: the policy and the machine change.
 
-A step of a small model takes five milliseconds, of which what is done here after each is part: little, and the rest every few steps.
+What is done here after a step delays the next, which with a small model takes five milliseconds: so little is, and the rest every few
+steps.
 
 Upstream (vLLM 0.32) takes k from a table by batch size, fixed in its configuration. `install` puts an AutoK in the table's place.
 """

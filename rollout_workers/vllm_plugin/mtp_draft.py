@@ -36,7 +36,7 @@ NEXT_CHANCE = 0.2
 
 
 class Doubt(NamedTuple):
-    """Of what the head itself gives which chance nothing comes."""
+    """The chances, by the head's own word, below which a draft is not verified and no other is made behind it."""
 
     verify: float = 0.0
     go_on: float = 0.0
