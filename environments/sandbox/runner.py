@@ -169,8 +169,8 @@ def run_case(job: dict[str, Any], value: object) -> tuple[str, bytes]:
     if state == "done" and status != 0:
         # The limit counts ticks, and `used` what the scheduler gave, which may be less on a machine that others share: so the signal
         # says whether time was up, and `used` only of a program that was deaf to it and killed a second later.
-        deaf = used.ru_utime + used.ru_stime > job["cpu_s"] - 0.1
-        state = "timeout" if status & 127 == SIGXCPU or deaf else "error"
+        used_up = used.ru_utime + used.ru_stime > job["cpu_s"] - 0.1
+        state = "timeout" if status & 127 == SIGXCPU or used_up else "error"
     return "value" if state == "done" else state, out
 
 
