@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal, Protocol
@@ -119,25 +120,18 @@ def runner_source() -> str:
 
 
 class Gate:
-    """At most `width` programs at the same time in this process: `with gate: ...`"""
+    """At most `width` programs at the same time in this process: `with gate as waited_s: ...`, seconds until there was room."""
 
     def __init__(self, width: int) -> None:
         if width < 1:
             raise ValueError(f"{width} concurrent sandboxes; wanted at least 1")
         self.width = width
-        self.waiting = 0
-        """Programs that found no room yet."""
         self._room = threading.BoundedSemaphore(width)
-        self._count = threading.Lock()
 
-    def __enter__(self) -> None:
-        with self._count:
-            self.waiting += 1
-        try:
-            self._room.acquire()
-        finally:
-            with self._count:
-                self.waiting -= 1
+    def __enter__(self) -> float:
+        asked = time.monotonic()
+        self._room.acquire()
+        return time.monotonic() - asked
 
     def __exit__(self, *_: object) -> None:
         self._room.release()

@@ -30,12 +30,10 @@ _JOIN_THEN = 'echo 500 2>/dev/null >/proc/self/oom_score_adj; for f in $JOIN; do
 """Where memory runs out on the machine, programs go before engines and learners; then into the control groups."""
 
 
-PATIENCE_S = 0.25
-"""How long a program may take as idle work, in what engines and learners leave of the processors: several times what it takes alone.
-Where they leave nothing, each verdict is later by so much, which is little beside an episode and beside a program's own time limits."""
-
-BACKLOG = 2
-"""Programs that wait for each that runs, beyond which nobody is patient."""
+PATIENCE_S = 1.0
+"""How long a verdict may take as idle work, in what engines and learners leave of the processors, waiting for room included: answers come
+in bursts, one for each sequence that an engine's step ended. Where nothing is left, each verdict is later by so much, which is little
+beside an episode and beside a program's own time limits; who waited longer has no patience left, so a queue is worked off at full speed."""
 
 LEAVE_S = 0.5
 """A runner whose cases are settled ends within milliseconds; one that something holds up is hurried, and killed after this."""
@@ -72,14 +70,14 @@ class BubblewrapSandbox(Sandbox):
     def run(self, job: SandboxJob) -> SandboxResult:
         base.check_language(self, job)
         payload = job.payload()
-        with self._gate:
+        with self._gate as waited_s:
             started = time.monotonic()
             try:
                 group = self._cgroups.open(job.limits)
             except OSError as error:
                 return SandboxResult(kind="infra_error", stdout=b"", stderr_tail=f"cgroup: {error}", wall_s=0.0)
             try:
-                return self._run(job, payload, group, started)
+                return self._run(job, payload, group, started, max(0.0, PATIENCE_S - waited_s))
             finally:
                 if group is not None:
                     group.remove()
@@ -93,7 +91,7 @@ class BubblewrapSandbox(Sandbox):
             bounds = f"memory and processes bounded one by one only, as there is no control group ({self._cgroups.why_not})"
         return f"bubblewrap: {self._bwrap}, up to {self._gate.width} programs at a time, {bounds}"
 
-    def _run(self, job: SandboxJob, payload: bytes, group: Cgroup | None, started: float) -> SandboxResult:
+    def _run(self, job: SandboxJob, payload: bytes, group: Cgroup | None, started: float, patience_s: float) -> SandboxResult:
         try:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", _JOIN_THEN, "sh", *self.command(job.limits)],
@@ -106,7 +104,6 @@ class BubblewrapSandbox(Sandbox):
         kind: Kind = "infra_error"
         pipes = Pipes(stdin.fileno(), stdout.fileno(), stderr.fileno())
         try:
-            patience_s = PATIENCE_S if self._gate.waiting <= BACKLOG * self._gate.width else 0.0
             hurry = group.hurry if group else None
             kind, transcript = pump(pipes, payload, job.limits, cases=len(job.inputs), hurry=hurry, patience_s=patience_s)
         finally:
@@ -171,7 +168,7 @@ def _end(process: subprocess.Popen[bytes], patience_s: float, group: Cgroup | No
     A bwrap that ends by itself collects its runner. A killed one leaves a zombie to process 1 of the machine, which may take its time.
     """
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(min(patience_s, PATIENCE_S))
+        process.wait(patience_s / 2)
     if group is not None and process.poll() is None:
         group.hurry()  # to end takes a moment of the processor, too
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,8 +1,8 @@
 """What vLLM's own engine processes need from us; they find it by the entry point `vllm.general_plugins`.
 
 Everywhere: the weight-transfer backend "object_store", a stop where a thought is full (thought_cap.py), a prompt cache that can be
-emptied while sequences run (prefix_cache.py), places in the batch for probes (places.py), a count of all passes (passes.py), and an
-engine process that never outlives the process that owns it.
+emptied while sequences run (prefix_cache.py), places in the batch for probes (places.py), a count of all passes (passes.py), tokens that
+leave the engine a few times a second, and not one by one (parcels.py), and an engine process that never outlives the process that owns it.
 On CPU only, where stock vLLM 0.32 is wrong or refuses for Mamba-2 / attention / MoE hybrids:
 
     conv_update.py   speculative decoding left rejected draft tokens in the convolution state (silently wrong samples)
@@ -43,13 +43,14 @@ def register() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
-    from rollout_workers.vllm_plugin import passes, places, prefix_cache, thought_cap
+    from rollout_workers.vllm_plugin import parcels, passes, places, prefix_cache, thought_cap
 
     _die_with_owner()
     thought_cap.install()
     prefix_cache.install()
     places.install()
     passes.install()
+    parcels.install()
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "rollout_workers.vllm_plugin.weights", "ObjectStoreWeights")
     if current_platform.is_cpu():

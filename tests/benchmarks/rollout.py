@@ -7,8 +7,9 @@ episode_over_raw           the smallest of the three medians
 tokens_per_s_<what>_<how>  generated tokens/s, `episodes` and `raw`
 whole_over_raw_<what>      the same from the first request to the last verdict
 
-A run never drains: there is always a next group. So rates are taken from when an eighth of the tokens has been generated until seven
-eighths have; what filling and draining cost an episode, which is waiting for its environment then, is in `whole_over_raw`.
+A run never drains: there is always a next group. So rates are taken from when a quarter of the tokens has been generated until three
+quarters have, while the engine is full; what filling and draining cost an episode, which is waiting for its environment then, is in
+`whole_over_raw`.
 
 Episodes run as in a run: `RolloutWorker.run_group`, environments in a host process, chat format, logprobs, policy versions, and drafts
 journalled as in a run. Raw is `AsyncLLM.generate` of the same engine, right after them: the same prompts, each with as many tokens as
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -44,12 +46,13 @@ from rollout_workers.worker import EPISODES_PER_SEQUENCE, Job, RolloutWorker
 ROOT = Path(__file__).parents[2]
 SEED_MODEL = ROOT / "configs" / "models" / "seed"
 MIXTURES = {"single": ("math",), "multi": ("tools",), "mixed": ("math", "code", "tools", "long_context")}
-GROUPS = {"single": 192, "multi": 48, "mixed": 64}  # per repetition
-EDGE = 1 / 8
+GROUPS = {"single": 128, "multi": 48, "mixed": 32}  # per repetition
+EDGE = 1 / 4
 """Share of a round's tokens that fills the engine, and that drains it."""
 GROUP_SIZE = 8
-REPETITIONS = {"single": 21, "multi": 15, "mixed": 9}
-"""The shorter the rounds, the more: on a virtual machine with neighbours, rounds of five seconds are up to a tenth apart."""
+REPETITIONS = {"single": 36, "multi": 24, "mixed": 24}
+"""On a virtual machine with neighbours, adjacent rounds are a tenth apart, be they of five seconds or of forty: many short ones tell
+more."""
 numbers = itertools.count()
 
 
@@ -84,6 +87,7 @@ async def measure(folder: Path) -> dict[str, list[float]]:
             rates = await asyncio.to_thread(interleaved, measures, count)
             figures |= {f"tokens_per_s_{name}": values for name, values in rates.items()}
             figures[f"episode_over_raw_{mixture}"] = ratio(rates[f"{mixture}_episodes"], rates[f"{mixture}_raw"])
+            print(f"episode_over_raw_{mixture}: {median(figures[f'episode_over_raw_{mixture}']):.3f}", file=sys.stderr, flush=True)
             figures[f"whole_over_raw_{mixture}"] = ratio(work.whole["episodes"][-count:], work.whole["raw"][-count:])
     finally:
         await worker.shutdown()

@@ -6,6 +6,7 @@ One engine serves the whole module.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rl_core.thinking import MAX_CLOSED
 from rl_core.types import Completion, Message, SamplingParams, Turn
 from rollout_workers.continuing import Continuing
 from rollout_workers.engine import EngineError, engine_arguments
+from rollout_workers.vllm_plugin.parcels import HOLD_S
 from tests.integration.served import (
     BUDGET,
     DRAFTS,
@@ -54,6 +56,22 @@ def test_an_exported_checkpoint_is_served_with_its_mtp_head(served: Served) -> N
     done = served.sample(prompts(4, seed=11), "exported")
     assert sum(c.drafted for c in done) > 0
     assert worst(errors(original, c) for c in done) < 1e-3
+
+
+def test_tokens_leave_the_engine_a_few_times_a_second(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor, arrived = served.engine._llm.output_processor, list[int]()
+    stock = processor.process_outputs
+
+    def counting(outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        arrived.append(sum(len(one.new_token_ids) for one in outputs))
+        return stock(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(processor, "process_outputs", counting)
+    began = time.monotonic()
+    done = served.sample(prompts(4, seed=3), "parcels", max_tokens=200)
+    seconds = time.monotonic() - began
+    assert sum(arrived) == sum(len(c.token_ids) for c in done)
+    assert sum(tokens > 0 for tokens in arrived) <= seconds / HOLD_S + 1 + len(done), "one more for each sequence that ended"
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])
