@@ -6,6 +6,7 @@ episode_over_raw_mixed     the four environments of the quickstart together, in 
 episode_over_raw           the smallest of the three medians
 tokens_per_s_<what>_<how>  generated tokens/s, `episodes` and `raw`
 whole_over_raw_<what>      the same from the first request to the last verdict
+waited_<what>_<how>        share of a round for which the engine could run, and something else had its processor (Linux)
 
 A run never drains: there is always a next group. So rates are taken from when a quarter of the tokens has been generated until three
 quarters have, while the engine is full; what filling and draining cost an episode, which is waiting for its environment then, is in
@@ -89,6 +90,7 @@ async def measure(folder: Path) -> dict[str, list[float]]:
             figures[f"episode_over_raw_{mixture}"] = ratio(rates[f"{mixture}_episodes"], rates[f"{mixture}_raw"])
             print(f"episode_over_raw_{mixture}: {median(figures[f'episode_over_raw_{mixture}']):.3f}", file=sys.stderr, flush=True)
             figures[f"whole_over_raw_{mixture}"] = ratio(work.whole["episodes"][-count:], work.whole["raw"][-count:])
+            figures |= {f"waited_{mixture}_{how}": values[-count:] for how, values in work.waited.items()}
     finally:
         await worker.shutdown()
     # Not the worst of each repetition: the smallest of three ratios that are each a few percent off is below 1 for equals, too.
@@ -105,6 +107,7 @@ class Work:
         self._done: list[Group] = []
         self.whole: dict[str, list[float]] = defaultdict(list)
         """Tokens/s of whole rounds, warm-up included."""
+        self.waited: dict[str, list[float]] = defaultdict(list)
 
     def _source(self, env: str) -> Any:
         return resolve(env).tasks("train", 7, self._options(env))
@@ -114,7 +117,7 @@ class Work:
 
     async def episodes(self) -> float:
         tasks = list(islice(itertools.chain.from_iterable(zip(*self._tasks, strict=False)), self._groups))
-        began, turns = time.perf_counter(), []
+        began, turns, waited = time.perf_counter(), [], waited_s(self._worker)
         sample = self._worker.engine.sample
 
         async def watched(*args: Any, **kwargs: Any) -> Completion:
@@ -128,6 +131,7 @@ class Work:
         finally:
             self._worker.engine.sample = sample  # type: ignore[method-assign]
         self._done = [group for group, _ in done]
+        self.waited["episodes"].append((waited_s(self._worker) - waited) / (time.perf_counter() - began))
         return self._rate("episodes", began, turns)
 
     def _job(self, task: Task) -> Job:
@@ -141,7 +145,7 @@ class Work:
     async def raw(self) -> float:
         room = asyncio.Semaphore(int(self._config.rollout.max_num_seqs * EPISODES_PER_SEQUENCE))  # as many as episodes, at a time
         llm = self._worker.engine._llm
-        began, done = time.perf_counter(), []
+        began, done, waited = time.perf_counter(), [], waited_s(self._worker)
 
         async def again(turns: Sequence[Completion]) -> None:
             async with room:
@@ -150,6 +154,7 @@ class Work:
                     done.append((time.perf_counter(), tokens))
 
         await asyncio.gather(*(again(r.completions) for group in self._done for r in group.rollouts))
+        self.waited["raw"].append((waited_s(self._worker) - waited) / (time.perf_counter() - began))
         return self._rate("raw", began, done)
 
     def _rate(self, how: str, began: float, turns: Sequence[tuple[float, int]]) -> float:
@@ -162,6 +167,15 @@ class Work:
             if EDGE * total <= done <= (1 - EDGE) * total:
                 middle.append((ended, tokens))
         return sum(tokens for _, tokens in middle[1:]) / (middle[-1][0] - middle[0][0])
+
+
+def waited_s(worker: RolloutWorker) -> float:
+    """Seconds that the engine's main thread has waited for a processor so far; nan where the kernel does not tell."""
+    engine = worker.engine._processes[0].pid
+    try:
+        return int(Path(f"/proc/{engine}/task/{engine}/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return float("nan")
 
 
 async def generate(llm: Any, prompt: list[int], count: int) -> int:
