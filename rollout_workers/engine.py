@@ -221,7 +221,7 @@ class Engine:
         return next((r for r in reports if r["mismatch"]), reports[0])
 
     def under_way(self, since: Mapping[str, int]) -> dict[str, Completion]:
-        """Of each sequence in `since` that has not ended: the tokens sampled after its first `since[id]`.
+        """Of each sequence in `since` that has not ended: tokens after its first `since[id]` that have arrived (vllm_plugin/parcels.py).
 
         vLLM keeps them in this process anyway; nothing is sent, and nothing is copied twice.
         """

@@ -173,7 +173,7 @@ def seeded(spec: EpisodeSpec, index: int) -> EpisodeSpec:
 
 
 def settle_memory() -> None:
-    """What is loaded stays, so the garbage collector need not look at it again: a third of a second, in which no episode moves."""
+    """What is loaded stays, so the garbage collector need not look at it again: no episode moves while it does."""
     gc.collect()
     gc.freeze()
 

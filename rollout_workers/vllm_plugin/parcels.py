@@ -1,7 +1,7 @@
 """Tokens leave an engine in parcels, a few times a second; a sequence that ends takes its last ones along.
 
-Upstream (vLLM 0.32) sends every token after the step that sampled it: for 64 sequences, 192 arrays of one number, which take a millisecond
-to pack in the engine's process and another to unpack in its owner's. Who asked for the outcome only (`FINAL_ONLY`) sees nothing of it
+Upstream (vLLM 0.32) sends every token after the step that sampled it: for 64 sequences, 192 arrays of one number to pack in the engine's
+process and to unpack in its owner's, which share the processors. Who asked for the outcome only (`FINAL_ONLY`) sees nothing of it
 before the end. Outputs of such requests are held, joined, and sent together:
 
     step 1   a b c         held

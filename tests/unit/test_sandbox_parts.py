@@ -112,14 +112,16 @@ def test_a_program_that_says_nothing_is_late_and_no_failure_of_ours() -> None:
 
 
 def test_a_gate_lets_as_many_in_as_it_is_wide() -> None:
-    gate, inside, most = base.Gate(2), 0, 0
+    gate, counting, inside, most = base.Gate(2), threading.Lock(), 0, 0
 
     def pass_through() -> None:
         nonlocal inside, most
         with gate:
-            inside, most = inside + 1, max(most, inside + 1)
+            with counting:
+                inside, most = inside + 1, max(most, inside + 1)
             time.sleep(0.02)
-            inside -= 1
+            with counting:
+                inside -= 1
 
     threads = [threading.Thread(target=pass_through) for _ in range(8)]
     for thread in threads:
