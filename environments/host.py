@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import gymnasium
+
 from environments.base import TextEnv
 from environments.registry import resolve
 from environments.sandbox.base import SandboxUnavailable
@@ -89,6 +91,11 @@ class EnvHost:
         """Hand the policy's turn to the environment. Never raises for what happens inside it."""
         return self._advance(session_id, lambda env: env.step(turn))
 
+    def play(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task, turn: Turn | None) -> Transition:
+        """`open`, and then `step` with the turn, or `truncate` where there is none."""
+        began = self.open(session_id, env_id, options, task).digest
+        return replace(self.truncate(session_id) if turn is None else self.step(session_id, turn), began=began)
+
     def truncate(self, session_id: str) -> Transition:
         """End the episode because a budget ran out."""
         return self._advance(session_id, lambda env: env.truncate())
@@ -104,6 +111,11 @@ class EnvHost:
             return
         session.closed = True
         _free_if_closed(session)
+
+    def frees_nothing(self, session_id: str) -> bool:
+        """Whether `close` only forgets: the environment's own `close` is Gymnasium's, which does nothing."""
+        session = self._sessions.get(session_id)
+        return session is None or session.env is None or getattr(session.env.close, "__func__", None) is gymnasium.Env.close
 
     def _class(self, env_id: str) -> type[TextEnv]:
         """Resolved once: looking through everything that is installed takes a tenth of a second."""

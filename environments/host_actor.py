@@ -21,8 +21,10 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from environments.confine import Confinement, resident_bytes
@@ -99,7 +101,8 @@ class HostActor:
         self._rooms: dict[str, _Room] = defaultdict(lambda: _Room.of(EnvLimits()))
         self._rooms |= {name: _Room.of(limit) for name, limit in (limits or {}).items()}
         self._episodes: dict[str, _Episode] = {}
-        self._threads = ThreadPoolExecutor(max_workers=4096, thread_name_prefix="call")  # as many as calls run; the rooms bound them
+        self._closing: set[asyncio.Task[None]] = set()
+        self._threads = Threads()
         self._memory_bytes, self._exit = memory_bytes, exit or self._end_process
         self.ending = ""
         """Why this host takes no new episode; "" while it is well."""
@@ -139,12 +142,20 @@ class HostActor:
 
     async def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
         """As EnvHost.open. Raises EnvironmentFailure also for an environment that hangs here."""
+        return await self._opening(session_id, env_id, task, lambda: self._host.open(session_id, env_id, options, task))
+
+    async def play(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task, turn: Turn | None) -> Transition:
+        """As EnvHost.play, within the time of two calls. Raises as `open`."""
+        play = lambda: self._host.play(session_id, env_id, options, task, turn)  # noqa: E731
+        return self._ended(session_id, await self._opening(session_id, env_id, task, play, calls=2))
+
+    async def _opening(self, session_id: str, env_id: str, task: Task, call: Callable[[], T], calls: int = 1) -> T:
         room = self._rooms[task.env]
         while self.ending:  # Ray serves this call in the process that follows
             await asyncio.sleep(WATCH_S)
         self._episodes[session_id] = _Episode(task.env, time.monotonic() + room.limits.episode_timeout_s + LATE_S)
         try:
-            return await self._call(task.env, lambda: self._host.open(session_id, env_id, options, task))
+            return await self._call(task.env, call, calls)
         except TimeoutError as late:
             self._forget(session_id)
             raise EnvironmentBug(f"environment {env_id!r}, task {task.key}: open: {late}") from None
@@ -161,9 +172,12 @@ class HostActor:
         return await self._advance(session_id, "truncate", lambda: self._host.truncate(session_id))
 
     async def close(self, session_id: str) -> None:
-        """As EnvHost.close."""
+        """As EnvHost.close. Only who gives an episode up must: one that has its verdict is closed."""
         episode = self._episodes.pop(session_id, None)
         if episode is None:
+            return
+        if self._host.frees_nothing(session_id):
+            self._host.close(session_id)
             return
         try:
             await self._call(episode.env, lambda: self._host.close(session_id))
@@ -175,42 +189,49 @@ class HostActor:
         if episode is None:
             return failed(Status.INFRA_ERROR, f"no open session {session_id!r}: this host was restarted, or the session was closed")
         try:
-            return await self._call(episode.env, call)
+            transition = await self._call(episode.env, call)
         except TimeoutError as late:
             self._forget(session_id)
             return failed(Status.ENV_ERROR, f"{name}: {late}", seconds=self._rooms[episode.env].limits.call_timeout_s)
+        return self._ended(session_id, transition)
+
+    def _ended(self, session_id: str, transition: Transition) -> Transition:
+        """A session that has its verdict is closed. Nobody waits for that."""
+        if transition.verdict is not None:
+            closing = asyncio.create_task(self.close(session_id))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        return transition
 
     def _forget(self, session_id: str) -> None:
         """Without waiting: whoever is inside the session frees it when they leave."""
         self._episodes.pop(session_id, None)
         self._host.close(session_id)
 
-    async def _call(self, env: str, call: Callable[[], T]) -> T:
-        """`call` in a thread, within the environment's room and time. Raises TimeoutError with a sentence."""
-        room = self._rooms[env]
-        running = _Call(call)
+    async def _call(self, env: str, call: Callable[[], T], calls: int = 1) -> T:
+        """`call` in a thread, within the environment's room and the time of so many calls. Raises TimeoutError with a sentence."""
+        room, loop = self._rooms[env], asyncio.get_running_loop()
         async with room.calls:
-            future = asyncio.get_running_loop().run_in_executor(self._threads, running)
-            done, _ = await asyncio.wait({future}, timeout=room.limits.call_timeout_s)
-            if done:
-                return future.result()
-            self._interrupt(env, running, future)
-        raise TimeoutError(f"the call took longer than {room.limits.call_timeout_s:g} s; bound what the environment does in one call")
+            running = _Call(call, loop)
+            limit = calls * room.limits.call_timeout_s
+            late = loop.call_later(limit, self._interrupt, env, running, limit)
+            self._threads.run(running)
+            try:
+                return await running.answer
+            finally:
+                late.cancel()
 
-    def _interrupt(self, env: str, running: _Call[Any], future: asyncio.Future[Any]) -> None:
-        """Raise HungCall in the thread, and count it as stuck until it ends."""
+    def _interrupt(self, env: str, running: _Call[Any], limit: float) -> None:
+        """End the waiting, raise HungCall in the thread, and count it as stuck until it ends."""
         room, thread = self._rooms[env], running.thread
+        if running.answer.done():
+            return
+        running.answer.set_exception(TimeoutError(f"the call took longer than {limit:g} s; bound what the environment does in one call"))
         log.warning("environment %s hangs in a call (thread %s)", env, thread)
         if thread is None:
             return
         room.stuck.add(thread)
-
-        def ended(future: asyncio.Future[Any]) -> None:
-            room.stuck.discard(thread)
-            if not future.cancelled():
-                future.exception()  # seen, though nobody waits for it any more
-
-        future.add_done_callback(ended)
+        running.ended = lambda: room.stuck.discard(thread)
         running.interrupt()
         hanging = sum(len(r.stuck) for r in self._rooms.values())
         if hanging > MAX_STUCK:
@@ -251,15 +272,51 @@ class HostActor:
         os._exit(RECYCLED)
 
 
-class _Call(Generic[T]):
-    """A function that can be interrupted in whichever thread it runs."""
+class Threads:
+    """As many threads as calls run, each of which then waits for another; the rooms bound how many.
 
-    def __init__(self, function: Callable[[], T]) -> None:
-        self._function = function
+    Not a ThreadPoolExecutor: what that does around a call, and what asyncio does to wait for it, takes longer than most calls do.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[_Call[Any]] = SimpleQueue()
         self._lock = threading.Lock()
+        self._free = 0
+
+    def run(self, call: _Call[Any]) -> None:
+        with self._lock:
+            start, self._free = self._free == 0, max(0, self._free - 1)
+        self._calls.put(call)
+        if start:
+            threading.Thread(target=self._serve, name="call", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            self._calls.get()()
+            with self._lock:
+                self._free += 1
+
+
+class _Call(Generic[T]):
+    """A function that can be interrupted in whichever thread it runs. Whoever waits in `loop` gets its answer."""
+
+    def __init__(self, function: Callable[[], T], loop: asyncio.AbstractEventLoop) -> None:
+        self._function, self._loop = function, loop
+        self._lock = threading.Lock()
+        self.answer: asyncio.Future[T] = loop.create_future()
+        self.ended: Callable[[], None] = lambda: None
+        """Called in the loop when the function has ended, late or not."""
         self.thread: int | None = None  # None before it starts and after it has ended
 
-    def __call__(self) -> T:
+    def __call__(self) -> None:
+        try:
+            settle = partial(self._settle, self._within(), None)
+        except BaseException as error:  # noqa: BLE001 (HungCall comes wherever it likes)
+            settle = partial(self._settle, None, error)
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(settle)
+
+    def _within(self) -> T:
         with self._lock:
             self.thread = threading.get_ident()
         try:
@@ -268,6 +325,15 @@ class _Call(Generic[T]):
             with self._lock:
                 _raise_in(threading.get_ident(), None)  # what has not been raised by now would hit the thread's next call
                 self.thread = None
+
+    def _settle(self, result: Any, error: BaseException | None) -> None:
+        self.ended()
+        if self.answer.done():
+            return
+        if error is None:
+            self.answer.set_result(result)
+        else:
+            self.answer.set_exception(error)
 
     def interrupt(self) -> None:
         """Raise HungCall in it, as soon as it runs Python again. What waits in C (a socket, a sleep) waits on."""

@@ -1,6 +1,6 @@
 """A line to an environment host on the same machine: a call over it takes a fraction of what it takes through Ray.
 
-    worker --[length, JSON: number, method, session, arguments]--> host --(HostActor.open, step, truncate, close)
+    worker --[length, JSON: number, method, session, arguments]--> host --(HostActor.open, play, step, truncate, close)
            <--[length, JSON: number, answer, error]--------------
 
 Ray starts, watches and ends hosts; what episodes ask of them goes over the line. It is a socket without a file (Linux, abstract
@@ -18,13 +18,13 @@ import struct
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from itertools import count
 from typing import Any, Protocol, cast
 
 from environments.host import EnvironmentBug, EnvironmentFailure, TaskUnusable, describe, failed
 from rl_core.seams import Observation, Transition
-from rl_core.types import Message, Status, Task, Turn, Verdict
+from rl_core.types import Message, Status, Task, Turn, Verdict, flat
 
 MAX_FRAME = 64 << 20
 """Bytes of one call or answer; an environment that shows more in one step is broken."""
@@ -41,6 +41,7 @@ class Callee(Protocol):
     """What a line leads to: a HostActor."""
 
     async def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation: ...
+    async def play(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task, turn: Turn | None) -> Transition: ...
     async def step(self, session_id: str, turn: Turn) -> Transition: ...
     async def truncate(self, session_id: str) -> Transition: ...
     async def close(self, session_id: str) -> None: ...
@@ -48,6 +49,9 @@ class Callee(Protocol):
 
 METHODS: dict[str, Callable[..., Awaitable[Any]]] = {
     "open": lambda host, session, env_id, options, task: host.open(session, env_id, options, Task(**task)),
+    "play": lambda host, session, env_id, options, task, turn: host.play(
+        session, env_id, options, Task(**task), None if turn is None else Turn.from_dict(turn)
+    ),
     "step": lambda host, session, turn: host.step(session, Turn.from_dict(turn)),
     "truncate": lambda host, session: host.truncate(session),
     "close": lambda host, session: host.close(session),
@@ -55,7 +59,7 @@ METHODS: dict[str, Callable[..., Awaitable[Any]]] = {
 """What may be called, with its arguments as JSON has them."""
 
 FAILURES: dict[str, type[EnvironmentFailure]] = {kind.__name__: kind for kind in (EnvironmentFailure, EnvironmentBug, TaskUnusable)}
-"""What `open` may raise, which its caller must tell apart."""
+"""What `open` and `play` may raise, which their caller must tell apart."""
 
 
 # --- frames ---------------------------------------------------------------------------------------------------------------
@@ -149,7 +153,14 @@ class Line(_Frames):
     @staticmethod
     async def connect(address: str) -> Line:
         """Raises OSError where nobody listens: the host has ended, or is on another machine."""
-        _, line = await asyncio.get_running_loop().create_unix_connection(Line, path=f"\0{address}")
+        loop, connection = asyncio.get_running_loop(), socket.socket(socket.AF_UNIX)
+        try:
+            connection.setblocking(False)
+            await loop.sock_connect(connection, f"\0{address}")  # not by `path`: uvloop, which Ray's actors run on, cuts it at the NUL
+            _, line = await loop.create_unix_connection(Line, sock=connection)
+        except BaseException:
+            connection.close()
+            raise
         return line
 
     def call(self, method: str, session: str, *arguments: Any) -> asyncio.Future[Any]:
@@ -163,7 +174,7 @@ class Line(_Frames):
             answer.set_exception(LineLost("the environment host has ended"))
             return answer
         number = next(self._numbers)
-        frame = json.dumps([number, method, session, arguments], default=_plain).encode()
+        frame = to_json([number, method, session, arguments])
         if len(frame) > MAX_FRAME:
             raise ValueError(f"a turn or task of {len(frame) / 2**20:.0f} MiB, more than {MAX_FRAME >> 20}: no environment takes that")
         self._waiting[number] = answer
@@ -197,28 +208,28 @@ class Line(_Frames):
 def encode(number: int, answer: Observation | Transition | None) -> bytes:
     """An answer. One that is no data, or too much of it, is its environment's fault: a step then ends with such a verdict."""
     try:
-        frame = json.dumps([number, _written(answer), None], default=_plain).encode()
+        frame = to_json([number, _written(answer), None])
         if len(frame) <= MAX_FRAME:
             return frame
         problem = f"its answer takes {len(frame) / 2**20:.0f} MiB, more than {MAX_FRAME >> 20}"
     except (TypeError, ValueError, RecursionError) as error:
         problem = f"its answer is no JSON: {describe(error)}"
     if isinstance(answer, Transition):
-        return json.dumps([number, _written(failed(Status.ENV_ERROR, problem)), None], default=_plain).encode()
+        return to_json([number, _written(failed(Status.ENV_ERROR, problem)), None])
     return _error(number, EnvironmentBug.__name__, problem)
 
 
 def _error(number: int, kind: str, text: str) -> bytes:
-    return json.dumps([number, None, [kind, text]]).encode()
+    return to_json([number, None, [kind, text]])
 
 
 def _written(answer: Observation | Transition | None) -> list[Any] | None:
-    """[messages, tools], and of a transition [terminated, truncated, verdict] behind."""
+    """[messages, tools], and of a transition [terminated, truncated, verdict, began] behind."""
     if answer is None:
         return None
     if isinstance(answer, Observation):
         return [[[m.role, m.content] for m in answer.messages], answer.tools]
-    return [*cast(list[Any], _written(answer.observation)), answer.terminated, answer.truncated, answer.verdict]
+    return [*cast(list[Any], _written(answer.observation)), answer.terminated, answer.truncated, answer.verdict, answer.began]
 
 
 def _read(data: list[Any] | None) -> Observation | Transition | None:
@@ -228,19 +239,28 @@ def _read(data: list[Any] | None) -> Observation | Transition | None:
     observation = Observation(messages=tuple(Message(role=role, content=content) for role, content in messages), tools=tuple(tools))
     if not rest:
         return observation
-    terminated, truncated, verdict = rest
+    terminated, truncated, verdict, began = rest
     return Transition(
         observation=observation,
         terminated=terminated,
         truncated=truncated,
         verdict=None if verdict is None else Verdict.from_dict(verdict),
+        began=began,
     )
 
 
 def _plain(value: Any) -> Any:
     """Our dataclasses, and NumPy's numbers, which environments like to return."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+        return flat(value)
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"a {type(value).__name__}")
+
+
+_ENCODE = json.JSONEncoder(default=_plain, separators=(",", ":")).encode
+
+
+def to_json(value: Any) -> bytes:
+    """In ASCII, so that half a surrogate pair, which a policy may write, is text like any other."""
+    return _ENCODE(value).encode()

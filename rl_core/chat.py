@@ -31,8 +31,8 @@ THINK, THINK_END, CALL, CALL_END = "<think>", "</think>", "<tool_call>", "</tool
 MARKERS = (THINK, THINK_END, CALL, CALL_END)
 RESPONSE, RESPONSE_END = "<tool_response>", "</tool_response>"
 
-LONG_TEXT, LONG_TEXTS = 2000, 64
-"""Characters from which a text's ids are kept, of so many texts: a document is in the prompts of a whole group."""
+LONG_TEXT, LONG_TEXTS, SHORT_TEXTS = 2000, 64, 1024
+"""Ids are kept of so many texts, long ones and others: what an environment says first, it says to a whole group."""
 
 
 class ChatML:
@@ -65,7 +65,7 @@ class ChatML:
         self._reserved = frozenset(self.tokenizer.get_added_tokens_decoder()) - self._markers.keys()
         missing = [re.escape(m) for m in MARKERS if m not in self._marker_ids]
         self._written_markers = re.compile(f"({'|'.join(missing)})") if missing else None
-        self._encode_once = lru_cache(LONG_TEXTS)(self._encode)
+        self._long, self._short = lru_cache(LONG_TEXTS)(self._encode), lru_cache(SHORT_TEXTS)(self._encode)
         self._newline = self.encode("\n")
         self._header = [self._start, *self.encode("assistant\n")]
         self.stop_ids: tuple[int, ...] = (self._end,)
@@ -82,7 +82,7 @@ class ChatML:
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids; the spelling of a special token gives the ids of its letters."""
-        return list(self._encode_once(text) if len(text) >= LONG_TEXT else self._encode(text))
+        return list((self._long if len(text) >= LONG_TEXT else self._short)(text))
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(_encodable(text), add_special_tokens=False).ids

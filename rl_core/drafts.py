@@ -2,10 +2,10 @@
 
     turn 0 --> turn 1 --> some tokens of turn 2 --> more of them --> turn 2 --> end (the verdict)        flushed twice a second
 
-A group that ends between two flushes is never written. Each worker writes a file of its own, anew in each of its lives. Whoever takes up
-a group reads all files, and of each rollout the draft that was written last. The tokens keep the versions and logprobs under which they
-were sampled. Files are not forced to disk: a power cut may take drafts, and then rollouts start again; what a run cannot lose is in the
-journal.
+A group is written from the second flush on that comes upon it: one that ends within half a second is never written. Each worker writes a
+file of its own, anew in each of its lives. Whoever takes up a group reads all files, and of each rollout the draft that was written last.
+The tokens keep the versions and logprobs under which they were sampled. Files are not forced to disk: a power cut may take drafts, and
+then rollouts start again; what a run cannot lose is in the journal.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class DraftFile:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._worker = folder, worker
         self._waiting: dict[str, list[_Turn | _End]] = defaultdict(list)  # by group
+        self._met: set[str] = set()
+        """Groups that a flush has come upon."""
         self._open()
 
     def add(self, group_id: str, index: int, turn: int, part: Completion, *, known: int = 0, start: int = 0) -> None:
@@ -101,19 +103,21 @@ class DraftFile:
     def forget(self, group_id: str) -> None:
         """The group is whole and handed on: what of it is not written yet need not be."""
         self._waiting.pop(group_id, None)
+        self._met.discard(group_id)
 
     def flush(self) -> None:
-        """One record with all that waits."""
-        if not self._waiting:
+        """One record with all that waits, but for groups that no flush has come upon before."""
+        ready = {name: self._waiting.pop(name) for name in self._met.intersection(self._waiting)}
+        self._met.update(self._waiting)
+        if not ready:
             return
         heads: list[dict[str, Any]] = []
         rows: list[tuple[int, Completion]] = []
-        for group_id, entries in self._waiting.items():
+        for group_id, entries in ready.items():
             for entry in entries:
                 heads.append({"group": group_id, **entry.head()})
                 if isinstance(entry, _Turn):
                     rows.append((entry.index, entry.row()))
-        self._waiting.clear()
         batch, text = completion_batch(rows), json.dumps({"at": time.time(), "heads": heads})
         self._writer.write_batch(batch, custom_metadata={"draft": text, "checksum": str(checksum(batch, text.encode()))})
         self._file.flush()

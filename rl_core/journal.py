@@ -14,14 +14,13 @@ import os
 import threading
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from rl_core.types import Completion, Group, Message, Rollout, Task, Turn, Verdict, VersionSpan, add_positions
+from rl_core.types import Completion, Group, Message, Rollout, Task, Turn, Verdict, VersionSpan, add_positions, flat
 
 SEGMENT_BYTES = 64 << 20
 """A segment is closed beyond this size; only closed ones can be pruned."""
@@ -162,15 +161,16 @@ def checksum(batch: pa.RecordBatch, text: bytes) -> int:
 
 def header(group: Group) -> str:
     """All of a group but its tokens."""
-    return json.dumps({"id": group.id, "task": asdict(group.task), "rollouts": [rollout_header(r) for r in group.rollouts]})
+    return json.dumps({"id": group.id, "task": flat(group.task), "rollouts": [rollout_header(r) for r in group.rollouts]})
 
 
 def rollout_header(rollout: Rollout) -> dict[str, Any]:
     """All of a rollout but its tokens and its task, as JSON values."""
     return {
         "id": rollout.id, "worker": rollout.worker, "started_at": rollout.started_at, "seconds": rollout.seconds,
-        "verdict": asdict(rollout.verdict), "messages": [[m.role, m.content] for m in rollout.messages],
-        "turns": [asdict(t) for t in rollout.turns], "truncated": rollout.truncated, "thinking_tokens": rollout.thinking_tokens,
+        "verdict": flat(rollout.verdict), "messages": [[m.role, m.content] for m in rollout.messages],
+        "turns": [flat(t) | {"tool_calls": [flat(c) for c in t.tool_calls]} for t in rollout.turns],
+        "truncated": rollout.truncated, "thinking_tokens": rollout.thinking_tokens,
     }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ unit test).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -49,6 +51,12 @@ class Observation:
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()  # JSON schemas, OpenAI style: {"name", "description", "parameters"}
 
+    @property
+    def digest(self) -> str:
+        """The same for what is the same as JSON, on both sides of a line (environments/line.py)."""
+        said = json.dumps([[[m.role, m.content] for m in self.messages], self.tools], default=str)
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transition:
@@ -58,6 +66,8 @@ class Transition:
     terminated: bool
     truncated: bool
     verdict: Verdict | None
+    began: str = ""
+    """Digest of what the environment had shown first, if its session was opened with this step."""
 
 
 class EnvSession(Protocol):

@@ -10,7 +10,7 @@ is never edited, only a later thing is made from it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from itertools import zip_longest
 from typing import Any
@@ -182,6 +182,11 @@ class Completion:
     def versions(self) -> Ids:
         """[T] policy version of each sampled token."""
         return np.concatenate([np.full(s.stop - s.start, s.version, np.int32) for s in self.spans] or [np.empty(0, np.int32)])
+
+
+def flat(value: Any) -> dict[str, Any]:
+    """A dataclass's fields by name, as they are: what is written at once need not be copied, as `dataclasses.asdict` does."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def add_positions(counts: Iterable[Sequence[Sequence[int]]]) -> tuple[tuple[int, int], ...]:

@@ -285,11 +285,11 @@ class Engine:
         self, prompt_ids: Sequence[int], params: SamplingParams, max_tokens: int, stop_ids: list[int], request_id: str
     ) -> Completion | None:
         """None if an update ended the sequence: `sample` knows what then."""
-        import vllm
-        from vllm.sampling_params import RequestOutputKind
+        from vllm import sampling_params
+        from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        request = vllm.SamplingParams(
+        request = sampling_params.SamplingParams(
             max_tokens=max_tokens,
             temperature=params.temperature,
             top_p=params.top_p,
@@ -300,7 +300,7 @@ class Engine:
             flat_logprobs=True,
             detokenize=False,
             skip_clone=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=sampling_params.RequestOutputKind.FINAL_ONLY,
             extra_args={THINKING: asdict(params.thinking)} if params.thinking is not None else None,
         )
         final: Any = None
@@ -308,7 +308,8 @@ class Engine:
         began = self._began[request_id] = self.version
         try:
             # The salt keeps apart what was computed under different weights; see vllm_plugin/prefix_cache.py.
-            sent = {"prompt_token_ids": prompt} | ({"cache_salt": str(began)} if self._caches_prompts else {})
+            # As ids that need no rendering: everything else goes through a thread first.
+            sent = tokens_input(prompt, cache_salt=str(began) if self._caches_prompts else None)
             async for output in self._llm.generate(sent, request, request_id):
                 final = output
         except EngineDeadError as error:

@@ -92,25 +92,43 @@ class Hosts:
         self._turn_of, self._number = itertools.count(), itertools.count()
         self._looking: dict[Any, asyncio.Task[None]] = {}
         self._starting: set[Any] = set()
+        self._differ: set[str] = set()
         self._lines: dict[Any, Line | None] = {}
         self._connecting: defaultdict[Any, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.killed = 0
 
-    def session(self, env_id: str, options: Mapping[str, Any], task: Task) -> RemoteSession:
-        """A session of one episode, on its environment's own host, or on the shared one whose turn it is."""
+    def session(self, env_id: str, options: Mapping[str, Any], task: Task, beginning: Beginning | None = None) -> RemoteSession:
+        """A session of one episode, on its environment's own host, or on the shared one whose turn it is.
+
+        Sessions with the same `beginning` are of one task: the first of them to open is shown something, and so are the others.
+        """
+        if task.env in self._differ:
+            beginning = None
         host = self._hosts.own.get(task.env) or self._hosts.shared[next(self._turn_of) % len(self._hosts.shared)]
         name = f"{self._owner}/{next(self._number)}"
-        return RemoteSession(hosts=self, host=host, id=name, env_id=env_id, options=options, task=task)
+        return RemoteSession(hosts=self, host=host, id=name, env_id=env_id, options=options, task=task, beginning=beginning)
 
     async def open(self, host: Any, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
         """Raises SessionFailed where the environment cannot be opened, and LineLost or Ray's error where the host dies again and again."""
+        return cast(Observation, await self._opening(host, "open", session_id, env_id, options, task))
+
+    async def play(self, host: Any, session_id: str, env_id: str, options: Mapping[str, Any], task: Task, turn: Turn | None) -> Transition:
+        """Open and advance. Raises as `open`."""
+        return cast(Transition, await self._opening(host, "play", session_id, env_id, options, task, turn))
+
+    async def _opening(self, host: Any, method: str, *arguments: Any) -> Any:
         try:
             try:
-                return cast(Observation, await self._call(host, "open", session_id, env_id, options, task))
+                return await self._call(host, method, *arguments)
             except LineLost:  # its successor can
-                return cast(Observation, await self._call(host, "open", session_id, env_id, options, task))
+                return await self._call(host, method, *arguments)
         except EnvironmentBug as bug:
             raise SessionFailed(str(bug), Status.ENV_ERROR) from bug
+
+    def differs(self, env: str) -> None:
+        """An environment does not begin a task always alike: from now on, each of its episodes opens by itself."""
+        log.warning("environment %s began one task in two ways; its episodes share no beginning any more", env)
+        self._differ.add(env)
 
     async def advance(self, host: Any, session_id: str, turn: Turn | None) -> Transition:
         """Step with a turn, truncate with None. A host that dies meanwhile takes the episode along."""
@@ -128,7 +146,9 @@ class Hosts:
                 await self._call(host, "close", session_id)
 
     async def _call(self, host: Any, method: str, *arguments: Any) -> Any:
-        line = await self._line_to(host)
+        line = self._lines.get(host)
+        if line is None or line.lost:
+            line = await self._line_to(host)
         if line is None:
             return await self._through_ray(host, method, *arguments)
         answer = line.call(method, *arguments)
@@ -152,8 +172,11 @@ class Hosts:
             address = await self._through_ray(host, "line")
             try:
                 return await Line.connect(address) if address else None
-            except OSError:
-                continue
+            except OSError as error:
+                reason = error
+        log.warning(
+            "an environment host is not reached directly (%s); if it is on this machine, calls to it are dearer than need be", reason
+        )
         return None
 
     async def _through_ray(self, host: Any, method: str, *arguments: Any) -> Any:
@@ -202,9 +225,20 @@ class Hosts:
             self._starting.add(host)  # dead already: Ray starts it again
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
+class Beginning:
+    """What an environment showed the first of a group's episodes, which it shows the others as well: environments are deterministic.
+
+    So the others need not ask. They open with their first turn, and hold nothing of their environment before: one call in place of two.
+    """
+
+    shown: asyncio.Future[tuple[Observation, str] | None] | None = None
+    """With its digest; None in it if it could not be opened."""
+
+
+@dataclass(slots=True, kw_only=True)
 class RemoteSession:
-    """An EnvSession in a HostActor."""
+    """An EnvSession in a HostActor, which closes it by itself when it has its verdict."""
 
     hosts: Hosts
     host: Any
@@ -212,18 +246,56 @@ class RemoteSession:
     env_id: str
     options: Mapping[str, Any]
     task: Task
+    beginning: Beginning | None = None
+    ended: bool = False
+    expects: str | None = None
+    """Not opened yet: the digest of what it will show."""
 
     async def reset(self) -> Observation:
+        group = self.beginning
+        if group is None:
+            return await self._open()
+        if group.shown is None:
+            return await self._open_for(group)
+        first = await asyncio.shield(group.shown)
+        if first is None:
+            return await self._open()
+        observation, self.expects = first
+        return observation
+
+    async def _open(self) -> Observation:
         return await self.hosts.open(self.host, self.id, self.env_id, dict(self.options), self.task)
 
+    async def _open_for(self, group: Beginning) -> Observation:
+        group.shown, first = asyncio.get_running_loop().create_future(), None
+        try:
+            observation = await self._open()
+            first = observation, observation.digest
+            return observation
+        finally:
+            group.shown.set_result(first)
+
     async def step(self, turn: Turn) -> Transition:
-        return await self.hosts.advance(self.host, self.id, turn)
+        return await self._advance(turn)
 
     async def truncate(self) -> Transition:
-        return await self.hosts.advance(self.host, self.id, None)
+        return await self._advance(None)
 
     async def close(self) -> None:
-        await self.hosts.close(self.host, self.id)
+        if not self.ended and self.expects is None:
+            await self.hosts.close(self.host, self.id)
+
+    async def _advance(self, turn: Turn | None) -> Transition:
+        expected, self.expects = self.expects, None
+        if expected is None:
+            transition = await self.hosts.advance(self.host, self.id, turn)
+        else:
+            transition = await self.hosts.play(self.host, self.id, self.env_id, dict(self.options), self.task, turn)
+        self.ended = transition.verdict is not None
+        if expected is not None and transition.began not in ("", expected):  # "": it failed before that was known
+            self.hosts.differs(self.task.env)
+            raise SessionFailed(f"environment {self.task.env!r} began task {self.task.key} in another way than for the rest of its group")
+        return transition
 
 
 async def _answer(ref: Any) -> Any:

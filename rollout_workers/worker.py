@@ -27,7 +27,7 @@ from rl_core.types import EpisodeSpec, Group, Receipt, Rollout, Task
 from rollout_workers.continuing import SNAPSHOT_S, Continuing, Diverged
 from rollout_workers.engine import Engine, EngineError, WeightsMismatch
 from rollout_workers.episode import run_episode
-from rollout_workers.hosts import Hosts, HostSet
+from rollout_workers.hosts import Beginning, Hosts, HostSet
 from rollout_workers.rewards import RewardActors, recipes
 
 EPISODES_PER_SEQUENCE = 1.5
@@ -81,10 +81,10 @@ class RolloutWorker:
         """G episodes of one task. The result's `ref` is filled in by the pool, which owns the group's object reference."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        retries, continued = Retries(job.spec.group_size), set[int]()
+        retries, continued, begun = Retries(job.spec.group_size), set[int](), Beginning()
         try:
             async with asyncio.TaskGroup() as episodes:
-                running = [episodes.create_task(self._rollout(job, i, retries, continued)) for i in range(job.spec.group_size)]
+                running = [episodes.create_task(self._rollout(job, i, retries, continued, begun)) for i in range(job.spec.group_size)]
         except* (EngineError, WeightsMismatch) as several:
             raise several.exceptions[0] from None  # one cause, of a class that the pool knows
         group = Group(id=job.group_id, task=job.task, rollouts=tuple(r.result() for r in running))
@@ -109,7 +109,7 @@ class RolloutWorker:
         assert self._engine is not None, "RolloutWorker.start() was not awaited"
         return self._engine
 
-    async def _rollout(self, job: Job, index: int, retries: Retries, continued: set[int]) -> Rollout:
+    async def _rollout(self, job: Job, index: int, retries: Retries, continued: set[int], begun: Beginning) -> Rollout:
         """One rollout: the one that an earlier attempt finished, the rest of one that it did not, or a new one."""
         draft = job.drafts.get(index)
         if draft is not None and (finished := draft.rollout(job.task)) is not None:
@@ -117,18 +117,18 @@ class RolloutWorker:
         async with self._cap(job.task.env, job.spec), self._room:
             if draft is not None:
                 try:
-                    rollout = await self._episode(job, index, f"{job.group_id}-{index}", draft)
+                    rollout = await self._episode(job, index, f"{job.group_id}-{index}", begun, draft)
                     continued.add(index)
                 except Diverged as reason:
                     log.warning("rollout %s-%d starts from nothing: %s", job.group_id, index, reason)
                     draft = None
             if draft is None:
-                rollout = await self._episode(job, index, f"{job.group_id}-{index}")
+                rollout = await self._episode(job, index, f"{job.group_id}-{index}", begun)
             tries = 1
             while (pause := retries.pause(index, rollout.verdict.status)) is not None:
                 log.warning("rollout %s is tried again in %g s: %s", rollout.id, pause, dict(rollout.verdict.evidence))
                 await asyncio.sleep(pause)
-                rollout = await self._episode(job, index, f"{job.group_id}-{index}r{tries}")
+                rollout = await self._episode(job, index, f"{job.group_id}-{index}r{tries}", None)  # what was begun may be what failed
                 tries += 1
         return rollout
 
@@ -138,9 +138,9 @@ class RolloutWorker:
             return nullcontext()
         return self._caps.setdefault(env, asyncio.Semaphore(spec.concurrency))
 
-    async def _episode(self, job: Job, index: int, rollout_id: str, draft: Draft | None = None) -> Rollout:
+    async def _episode(self, job: Job, index: int, rollout_id: str, begun: Beginning | None, draft: Draft | None = None) -> Rollout:
         spec, trains = seeded(job.spec, index), job.spec.sampling.seed is None  # fixed dice give the same again without a draft
-        session = self._hosts.session(job.env_id, job.options, job.task)
+        session = self._hosts.session(job.env_id, job.options, job.task, begun)
         sampler = Continuing(self.engine, self._drafts if trains else None, job.group_id, index, draft)
         self._under_way.add(sampler)
         try:

@@ -21,6 +21,7 @@ and where it is right, but takes longer than a small model's forward pass (docs/
     auto_k.py        how many to draft, from what is measured
     kernels.py       what few tokens take of the above, compiled
     raw_weights.py   what kernels.py multiplies with
+    lone_rank.py     process groups of an engine that is one process
 
 On CUDA no layer is touched.
 """
@@ -59,6 +60,7 @@ def register() -> None:
             conv_update,
             kernel_scan,
             latent_moe,
+            lone_rank,
             mtp_draft,
             mtp_dtype,
             raw_weights,
@@ -68,10 +70,11 @@ def register() -> None:
             ssm_update,
         )
 
-        for fix in (
-            auto_k, conv_update, kernel_scan, latent_moe, mtp_draft, mtp_dtype, raw_weights, rejection, sampling, seeded, ssm_update,
+        for part in (
+            auto_k, conv_update, kernel_scan, latent_moe, lone_rank, mtp_draft, mtp_dtype, raw_weights, rejection, sampling, seeded,
+            ssm_update,
         ):  # fmt: skip
-            fix.install()
+            part.install()
 
 
 _watched: list[int] = []

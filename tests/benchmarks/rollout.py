@@ -33,6 +33,7 @@ from statistics import median
 from typing import Any
 
 import ray
+import uvloop
 from omegaconf import OmegaConf
 
 from environments.registry import resolve
@@ -61,7 +62,7 @@ def bench() -> dict[str, list[float]]:
     start_local(num_cpus=8, object_store_memory=1 << 28)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return asyncio.run(measure(Path(folder)))
+            return uvloop.run(measure(Path(folder)))  # Ray's actors, in which workers live, run on uvloop
     finally:
         ray.shutdown()
 

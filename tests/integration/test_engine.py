@@ -74,6 +74,11 @@ def test_tokens_leave_the_engine_a_few_times_a_second(served: Served, monkeypatc
     assert sum(tokens > 0 for tokens in arrived) <= seconds / HOLD_S + 1 + len(done), "one more for each sequence that ended"
 
 
+def test_an_engine_of_one_process_listens_to_one_group(served: Served) -> None:
+    names = [Path(f"/proc/{served.engine._processes[0].pid}/task/{t.id}/comm") for t in served.engine._processes[0].threads()]
+    assert [path.read_text().strip() for path in names].count("gloo_tcp_loop") == 1
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])
 def test_logprobs_under_speculation_are_those_of_a_plain_forward_pass(served: Served, temperature: float, top_p: float) -> None:
     done = served.sample(prompts(12), f"t{temperature}p{top_p}", temperature=temperature, top_p=top_p)

@@ -103,6 +103,14 @@ def test_a_group_is_scored_and_its_summary_tells_the_truth(running: Running, env
         assert result.drafted > 0
 
 
+def test_a_worker_reaches_a_host_on_its_machine_directly(running: Running) -> None:
+    """Not through Ray, which takes several times as long, and would serve just as well otherwise."""
+    running.groups("math", 1, "direct")
+    sockets = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "@polyrl-host-" in line]
+    assert len(sockets) > len(set(sockets)), "one listens, and each connection to it has its name as well"
+    assert "not reached directly" not in (running.run_dir / "logs" / "w0.log").read_text()
+
+
 def test_every_turns_prompt_extends_the_ids_before_it(running: Running) -> None:
     turns = 0
     for result in running.groups("tools", 12, "extends"):

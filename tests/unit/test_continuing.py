@@ -58,6 +58,7 @@ async def play(engine: Mortal, session: Session, file: DraftFile | None, draft: 
     finally:
         if file is not None:
             file.flush()
+            file.flush()
 
 
 async def left_by(folder: Path, engine: Mortal) -> Draft:

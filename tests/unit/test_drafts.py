@@ -70,6 +70,12 @@ def same(a: Completion, b: Completion) -> bool:
     return arrays and (a.spans, a.finish_reason, a.engine_steps) == (b.spans, b.finish_reason, b.engine_steps)
 
 
+def written(file: DraftFile) -> None:
+    """As after a second: a flush, which comes upon the groups, and another, which writes them."""
+    file.flush()
+    file.flush()
+
+
 def only(folder: Path, group: str = "g", index: int = 0) -> Draft:
     return read_drafts(folder, [group])[group][index]
 
@@ -78,17 +84,17 @@ def test_turns_and_the_tokens_of_one_under_way_come_back_number_for_number(tmp_p
     first, second = two_turns()
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, first)
-    file.flush()
+    written(file)
     file.add("g", 0, 1, part(second, 0, 4), known=9)
-    file.flush()
+    written(file)
     file.add("g", 0, 1, part(second, 4, 7), known=9, start=4)  # not closed: a killed process closes nothing
-    file.flush()
+    written(file)
     draft = only(tmp_path)
     assert same(draft.completions[0], first)
     assert same(draft.completions[1], part(second, 0, 7))
     assert (draft.min_version, draft.end) == (4, None)
     file.add("g", 0, 1, second, known=9)
-    file.flush()
+    written(file)
     assert same(only(tmp_path).completions[1], second)
 
 
@@ -99,11 +105,11 @@ def test_a_finished_rollout_comes_back_whole_with_its_verdict(tmp_path: Path) ->
     rollout = Rollout(id="g-0", env="math", task_key="k", completions=turns, messages=said, verdict=verdict, worker="w0", seconds=1.0)
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, turns[0])
-    file.flush()
+    written(file)
     file.add("g", 0, 1, turns[1], known=9)
-    file.flush()
+    written(file)
     file.end("g", 0, rollout)
-    file.flush()
+    written(file)
     again = only(tmp_path).rollout(TASK)
     assert again is not None
     assert replace(again, completions=()) == replace(rollout, completions=())
@@ -122,6 +128,8 @@ def test_one_record_holds_all_that_happened_since_the_last(tmp_path: Path) -> No
     file.add("g", 1, 0, completion([1, 2, 3], 3, 6))
     assert read_drafts(tmp_path, ["g", "h"]) == {}, "nothing is written before the flush"
     file.flush()
+    assert read_drafts(tmp_path, ["g", "h"]) == {}, "a group may end before the next flush"
+    file.flush()
     file.flush()  # nothing more
     again = only(tmp_path).rollout(TASK)
     assert again is not None
@@ -132,26 +140,42 @@ def test_one_record_holds_all_that_happened_since_the_last(tmp_path: Path) -> No
     assert len(list(module.record_batches(path))) == 1
 
 
-def test_a_group_that_was_handed_on_before_the_flush_is_not_written(tmp_path: Path) -> None:
+def test_a_group_that_was_handed_on_before_the_second_flush_is_not_written(tmp_path: Path) -> None:
     first, _ = two_turns()
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, first)
     file.add("h", 0, 0, first)
+    file.flush()
+    file.add("i", 0, 0, first)
     file.forget("g")
     file.flush()
-    assert set(read_drafts(tmp_path, ["g", "h"])) == {"h"}
+    assert set(read_drafts(tmp_path, ["g", "h", "i"])) == {"h"}
+    file.flush()
+    assert set(read_drafts(tmp_path, ["g", "h", "i"])) == {"h", "i"}
+
+
+def test_what_happens_in_a_group_that_is_being_written_is_in_the_next_record(tmp_path: Path) -> None:
+    first, second = two_turns()
+    file = DraftFile(tmp_path, "w0")
+    file.add("g", 0, 0, first)
+    written(file)
+    file.add("g", 0, 1, second, known=9)
+    file.flush()
+    assert len(only(tmp_path).completions) == 2
+    file.forget("g")
+    assert not file._met
 
 
 def test_a_rollout_that_starts_again_forgets_what_it_was(tmp_path: Path) -> None:
     first, second = two_turns()
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, first)
-    file.flush()
+    written(file)
     file.add("g", 0, 1, second, known=9)
-    file.flush()
+    written(file)
     other = completion([1, 2, 3], 3, 6)
     file.add("g", 0, 0, other)
-    file.flush()
+    written(file)
     (turn,) = only(tmp_path).completions
     assert same(turn, other)
 
@@ -160,13 +184,13 @@ def test_the_newest_draft_counts_whichever_worker_wrote_it(tmp_path: Path) -> No
     first, second = two_turns()
     w1, w0 = DraftFile(tmp_path, "w1"), DraftFile(tmp_path, "w0")
     w0.add("g", 0, 0, first)
-    w0.flush()
+    written(w0)
     w0.add("g", 1, 0, first)
-    w0.flush()
+    written(w0)
     w1.add("g", 0, 0, first)
-    w1.flush()
+    written(w1)
     w1.add("g", 0, 1, second, known=9)
-    w1.flush()
+    written(w1)
     assert len(only(tmp_path).completions) == 2
     assert len(only(tmp_path, index=1).completions) == 1
     assert read_drafts(tmp_path, ["other"]) == {}
@@ -177,18 +201,18 @@ def test_drafts_go_on_over_segments_and_old_ones_go_when_their_groups_have_ended
     first, second = two_turns()
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, first)
-    file.flush()
+    written(file)
     file.add("h", 0, 0, first)
-    file.flush()
+    written(file)
     file.add("g", 0, 1, second, known=9)
-    file.flush()
+    written(file)
     assert [same(a, b) for a, b in zip(only(tmp_path).completions, (first, second), strict=True)] == [True, True]
     prune(tmp_path, ["g"])
     assert len(list(tmp_path.glob("*.arrow"))) == 3, "two of g, and the one that is being written"
     prune(tmp_path, [])
     assert len(list(tmp_path.glob("*.arrow"))) == 1
     file.add("i", 0, 0, first)
-    file.flush()
+    written(file)
     assert same(only(tmp_path, "i").completions[0], first)
 
 
@@ -197,11 +221,11 @@ def test_a_torn_end_loses_the_torn_record_alone(tmp_path: Path, cut: int) -> Non
     first, second = two_turns()
     file = DraftFile(tmp_path, "w0")
     file.add("g", 0, 0, first)
-    file.flush()
+    written(file)
     (path,) = tmp_path.glob("*.arrow")
     whole = path.stat().st_size
     file.add("g", 0, 1, second, known=9)
-    file.flush()
+    written(file)
     with path.open("r+b") as torn:
         torn.truncate(max(path.stat().st_size - cut, whole))
     assert len(only(tmp_path).completions) == 1

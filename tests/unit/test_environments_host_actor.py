@@ -123,9 +123,9 @@ async def test_a_step_that_hangs_ends_its_episode_as_data_and_no_other(host: Hos
     assert "step: the call took longer than 1 s" in late.verdict.evidence["error"]
     assert fine.verdict is not None
     assert fine.verdict.reward == 1.0
-    assert await host.ping() == 1  # the one that is well, and not closed yet
     TrapEnv.release.set()
-    await until(lambda: not host._rooms["trap"].stuck and len(TrapEnv.freed) == 1)
+    await until(lambda: not host._rooms["trap"].stuck and len(TrapEnv.freed) == 2)
+    assert await host.ping() == 0  # the one that hung is given up, and the one that is well has its verdict
 
 
 async def test_open_truncate_and_close_have_a_time_out_as_well(host: HostActor) -> None:
@@ -140,6 +140,47 @@ async def test_open_truncate_and_close_have_a_time_out_as_well(host: HostActor) 
     assert await host.ping() == 0
     TrapEnv.release.set()
     await until(lambda: len(TrapEnv.freed) == 2 and not host._rooms["trap"].stuck)
+
+
+async def test_an_episode_that_has_its_verdict_is_closed_and_freed_by_itself(host: HostActor) -> None:
+    for name in ("a", "b"):
+        await opened(host, name)
+    await host.step("a", Turn(content="fine"))
+    await host.truncate("b")
+    await until(lambda: len(TrapEnv.freed) == 2)
+    assert (await host.ping(), host._episodes) == (0, {})
+    await host.close("a")
+    assert len(TrapEnv.freed) == 2
+
+
+async def test_an_episode_may_open_with_its_first_turn(host: HostActor) -> None:
+    shown = await host.open("first", HERE, {}, trap())
+    stepped = await host.play("a", HERE, {}, trap(), Turn(content="fine"))
+    ended = await host.play("b", HERE, {}, trap(), None)
+    assert [status_of(t) for t in (stepped, ended)] == [Status.OK, Status.INVALID_OUTPUT]
+    assert stepped.began == ended.began == shown.digest
+    await until(lambda: len(TrapEnv.freed) == 2)
+    with pytest.raises(EnvironmentFailure, match="open: the call took longer than 2 s"):
+        await host.play("c", HERE, {}, trap(begin="wait"), Turn(content="fine"))
+    with pytest.raises(EnvironmentFailure, match="has no 'NoSuchEnv'"):
+        await host.play("d", f"{__name__}:NoSuchEnv", {}, trap(), None)
+    assert set(host._episodes) == {"first"}
+    TrapEnv.release.set()
+    await until(lambda: len(TrapEnv.freed) == 3 and not host._rooms["trap"].stuck)
+
+
+async def test_threads_are_used_again_and_a_call_that_waits_holds_up_no_other(host: HostActor) -> None:
+    math = next(resolve("math").tasks("train", 0, {}))
+    for i in range(20):
+        await host.open(f"m{i}", "math", {}, math)
+    await opened(host)
+    holds = asyncio.create_task(host.step("s", Turn(content="wait")))
+    for i in range(20):
+        assert status_of(await host.step(f"m{i}", Turn(content="1"))) is Status.OK
+    assert len([t for t in threading.enumerate() if t.name == "call" and t.is_alive()]) >= 2
+    assert host._threads._free <= 2
+    TrapEnv.release.set()
+    await holds
 
 
 async def test_an_episode_that_is_closed_while_it_opens_is_freed(host: HostActor) -> None:

@@ -6,11 +6,13 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +50,11 @@ class Host:
         await self.may_answer.wait()
         return self._said(session_id)
 
+    async def play(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task, turn: Turn | None) -> Transition:
+        self.opened[session_id] = env_id, options, task
+        self.turns += [turn] if turn else []
+        return self._said(session_id)
+
     async def truncate(self, session_id: str) -> Transition:
         return self._said(session_id)
 
@@ -83,7 +90,7 @@ turns = st.builds(Turn, content=st.text(), thought=st.text(), tool_calls=st.list
 
 @given(turns)
 def test_a_turn_arrives_as_it_was_said(turn: Turn) -> None:
-    assert Turn.from_dict(json.loads(json.dumps(turn, default=line_module._plain))) == turn
+    assert Turn.from_dict(json.loads(line_module.to_json(turn))) == turn
 
 
 @given(st.text(), st.none() | st.just(DONE))
@@ -100,6 +107,30 @@ async def test_an_episode_is_opened_with_its_task_and_closed(ends: tuple[Host, L
     assert host.opened == {"a": ("math:Env", {"digits": 2}, task)}
     assert await line.call("close", "a") is None
     assert host.closed == ["a"]
+
+
+@pytest.mark.parametrize("turn", [None, Turn(content="\ud800", tool_calls=(ToolCall(name="t", arguments={"x": [1]}),))])
+async def test_an_episode_opens_with_its_first_turn_or_its_end(ends: tuple[Host, Line], turn: Turn | None) -> None:
+    host, line = ends
+    task = Task(env="math", key="k", split="train", seed=3, public={})
+    host.answers["a"] = replace(transition(), began="0123")
+    assert await line.call("play", "a", "math:Env", {"digits": 2}, task, turn) == host.answers["a"]
+    assert (host.opened, host.turns) == ({"a": ("math:Env", {"digits": 2}, task)}, [turn] if turn else [])
+
+
+def test_a_line_connects_on_the_loop_that_rays_actors_run_on() -> None:
+    async def main() -> Any:
+        (address, server), host = await listen(callee := Host()), callee
+        host.answers["a"] = transition()
+        line = await Line.connect(address)
+        try:
+            return await line.call("truncate", "a")
+        finally:
+            line.hang_up()
+            assert server is not None
+            server.close()
+
+    assert uvloop.run(main()) == transition()
 
 
 @pytest.mark.parametrize("kind", [EnvironmentBug, EnvironmentFailure, TaskUnusable])

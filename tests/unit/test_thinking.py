@@ -117,6 +117,7 @@ async def play(engine: Thinker, budget: int | None, file: DraftFile | None = Non
     finally:
         if file is not None:
             file.flush()
+            file.flush()
 
 
 def text(rollout: Rollout) -> str:

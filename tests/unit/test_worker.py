@@ -28,7 +28,7 @@ async def test_a_capped_environment_waits_outside_the_room_that_all_share(monkey
     inside = {"slow": 0, "fast": 0}
     peak, release = dict(inside), asyncio.Event()
 
-    async def episode(job: Job, index: int, rollout_id: str, draft: Any = None) -> Rollout:
+    async def episode(job: Job, index: int, rollout_id: str, begun: Any, draft: Any = None) -> Rollout:
         env = job.task.env
         inside[env] += 1
         peak[env] = max(peak[env], inside[env])
