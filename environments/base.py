@@ -90,7 +90,7 @@ class TextEnv(gymnasium.Env[dict[str, Any], Any], ABC):
 
     @abstractmethod
     def begin(self, task: Task) -> Observation:
-        """Start an episode of `task`: the first messages and the tools, each time the same. Must forget everything of an earlier episode."""
+        """Start an episode of `task`: the first messages and the tools, each time the same. Must forget everything of earlier episodes."""
 
     @abstractmethod
     def act(self, turn: Turn) -> Observation | Verdict:

@@ -142,11 +142,11 @@ class HostActor:
 
     async def open(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task) -> Observation:
         """As EnvHost.open. Raises EnvironmentFailure also for an environment that hangs here."""
-        return await self._opening(session_id, env_id, task, lambda: self._host.open(session_id, env_id, options, task))
+        return await self._opening(session_id, env_id, task, partial(self._host.open, session_id, env_id, options, task))
 
     async def play(self, session_id: str, env_id: str, options: Mapping[str, Any], task: Task, turn: Turn | None) -> Transition:
         """As EnvHost.play, within the time of two calls. Raises as `open`."""
-        play = lambda: self._host.play(session_id, env_id, options, task, turn)  # noqa: E731
+        play = partial(self._host.play, session_id, env_id, options, task, turn)
         return self._ended(session_id, await self._opening(session_id, env_id, task, play, calls=2))
 
     async def _opening(self, session_id: str, env_id: str, task: Task, call: Callable[[], T], calls: int = 1) -> T:
@@ -158,7 +158,8 @@ class HostActor:
             return await self._call(task.env, call, calls)
         except TimeoutError as late:
             self._forget(session_id)
-            raise EnvironmentBug(f"environment {env_id!r}, task {task.key}: open: {late}") from None
+            what = "open" if calls == 1 else "open and first turn"
+            raise EnvironmentBug(f"environment {env_id!r}, task {task.key}: {what}: {late}") from None
         except EnvironmentFailure:
             self._forget(session_id)
             raise

@@ -127,8 +127,9 @@ class Hosts:
 
     def differs(self, env: str) -> None:
         """An environment does not begin a task always alike: from now on, each of its episodes opens by itself."""
-        log.warning("environment %s began one task in two ways; its episodes share no beginning any more", env)
-        self._differ.add(env)
+        if env not in self._differ:
+            log.warning("environment %s began one task in two ways; its episodes share no beginning any more", env)
+            self._differ.add(env)
 
     async def advance(self, host: Any, session_id: str, turn: Turn | None) -> Transition:
         """Step with a turn, truncate with None. A host that dies meanwhile takes the episode along."""

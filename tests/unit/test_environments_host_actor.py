@@ -160,7 +160,7 @@ async def test_an_episode_may_open_with_its_first_turn(host: HostActor) -> None:
     assert [status_of(t) for t in (stepped, ended)] == [Status.OK, Status.INVALID_OUTPUT]
     assert stepped.began == ended.began == shown.digest
     await until(lambda: len(TrapEnv.freed) == 2)
-    with pytest.raises(EnvironmentFailure, match="open: the call took longer than 2 s"):
+    with pytest.raises(EnvironmentFailure, match="open and first turn: the call took longer than 2 s"):
         await host.play("c", HERE, {}, trap(begin="wait"), Turn(content="fine"))
     with pytest.raises(EnvironmentFailure, match="has no 'NoSuchEnv'"):
         await host.play("d", f"{__name__}:NoSuchEnv", {}, trap(), None)
