@@ -52,7 +52,7 @@ GROUPS = {"single": 128, "multi": 48, "mixed": 32}  # per repetition
 EDGE = 1 / 4
 """Share of a round's tokens that fills the engine, and that drains it."""
 GROUP_SIZE = 8
-REPETITIONS = {"single": 36, "multi": 24, "mixed": 24}
+REPETITIONS = {"single": 80, "multi": 32, "mixed": 32}
 """On a virtual machine with neighbours, adjacent rounds are a tenth apart, be they of five seconds or of forty: many short ones tell
 more."""
 numbers = itertools.count()
