@@ -293,9 +293,10 @@ class Threads:
 
     def _serve(self) -> None:
         while True:
-            self._calls.get()()
+            tell = self._calls.get().run()
             with self._lock:
                 self._free += 1
+            tell()  # not before: whoever hears it and calls again would start another thread
 
 
 class _Call(Generic[T]):
@@ -309,13 +310,18 @@ class _Call(Generic[T]):
         """Called in the loop when the function has ended, late or not."""
         self.thread: int | None = None  # None before it starts and after it has ended
 
-    def __call__(self) -> None:
+    def run(self) -> Callable[[], None]:
+        """In a thread. What comes back tells the loop."""
         try:
             settle = partial(self._settle, self._within(), None)
         except BaseException as error:  # noqa: BLE001 (HungCall comes wherever it likes)
             settle = partial(self._settle, None, error)
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(settle)
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(settle)
+
+        return tell
 
     def _within(self) -> T:
         with self._lock:

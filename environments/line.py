@@ -18,13 +18,12 @@ import struct
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import is_dataclass
 from itertools import count
 from typing import Any, Protocol, cast
 
 from environments.host import EnvironmentBug, EnvironmentFailure, TaskUnusable, describe, failed
 from rl_core.seams import Observation, Transition
-from rl_core.types import Message, Status, Task, Turn, Verdict, flat
+from rl_core.types import Message, Status, Task, Turn, Verdict, to_json
 
 MAX_FRAME = 64 << 20
 """Bytes of one call or answer; an environment that shows more in one step is broken."""
@@ -247,20 +246,3 @@ def _read(data: list[Any] | None) -> Observation | Transition | None:
         verdict=None if verdict is None else Verdict.from_dict(verdict),
         began=began,
     )
-
-
-def _plain(value: Any) -> Any:
-    """Our dataclasses, and NumPy's numbers, which environments like to return."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return flat(value)
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"a {type(value).__name__}")
-
-
-_ENCODE = json.JSONEncoder(default=_plain, separators=(",", ":")).encode
-
-
-def to_json(value: Any) -> bytes:
-    """In ASCII, so that half a surrogate pair, which a policy may write, is text like any other."""
-    return _ENCODE(value).encode()

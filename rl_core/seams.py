@@ -8,7 +8,6 @@ unit test).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -26,6 +25,7 @@ from rl_core.types import (
     Turn,
     Verdict,
     add_positions,
+    to_json,
 )
 
 Ref = Any
@@ -54,8 +54,8 @@ class Observation:
     @property
     def digest(self) -> str:
         """The same for what is the same as JSON, on both sides of a line (environments/line.py)."""
-        said = json.dumps([[[m.role, m.content] for m in self.messages], self.tools], default=str)
-        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        said = to_json([[[m.role, m.content] for m in self.messages], self.tools])
+        return hashlib.blake2b(said, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,9 @@ is never edited, only a later thing is made from it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from itertools import zip_longest
 from typing import Any
@@ -187,6 +188,23 @@ class Completion:
 def flat(value: Any) -> dict[str, Any]:
     """A dataclass's fields by name, as they are: what is written at once need not be copied, as `dataclasses.asdict` does."""
     return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _plain(value: Any) -> Any:
+    """Our dataclasses, and NumPy's numbers, which environments like to return."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return flat(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__}")
+
+
+_ENCODE = json.JSONEncoder(default=_plain, separators=(",", ":")).encode
+
+
+def to_json(value: Any) -> bytes:
+    """In ASCII, so that half a surrogate pair, which a policy may write, is text like any other. Raises TypeError for what is no data."""
+    return _ENCODE(value).encode()
 
 
 def add_positions(counts: Iterable[Sequence[Sequence[int]]]) -> tuple[tuple[int, int], ...]:

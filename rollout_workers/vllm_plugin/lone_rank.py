@@ -1,7 +1,7 @@
 """An engine of one process talks to nobody, so it opens one process group, and not one for each way in which it could be parallel.
 
-Upstream (vLLM 0.32, PyTorch 2.13) makes 15 gloo groups of one rank. Each has a thread that wakes a hundred times a second to see whether
-somebody has called: two thousand interruptions a second of an engine whose steps take a few milliseconds.
+Upstream (vLLM 0.32, PyTorch 2.13) makes a dozen gloo groups of one rank and more. Each has a thread that wakes over and over to see
+whether somebody has called, which interrupts an engine whose steps take a few milliseconds.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from environments import line as line_module
 from environments.host import EnvironmentBug, EnvironmentFailure, TaskUnusable
 from environments.line import Line, LineLost, encode, listen
 from rl_core.seams import Observation, Transition
-from rl_core.types import Message, Status, Task, ToolCall, Turn, Verdict
+from rl_core.types import Message, Status, Task, ToolCall, Turn, Verdict, to_json
 
 DONE = Verdict(status=Status.OK, reward=0.5, components={"a": 1.0}, evidence={"e": "\ud800\x1b[0m"}, verifier_version="v1", latency_s=0.25)
 
@@ -90,7 +90,7 @@ turns = st.builds(Turn, content=st.text(), thought=st.text(), tool_calls=st.list
 
 @given(turns)
 def test_a_turn_arrives_as_it_was_said(turn: Turn) -> None:
-    assert Turn.from_dict(json.loads(line_module.to_json(turn))) == turn
+    assert Turn.from_dict(json.loads(to_json(turn))) == turn
 
 
 @given(st.text(), st.none() | st.just(DONE))
@@ -118,10 +118,19 @@ async def test_an_episode_opens_with_its_first_turn_or_its_end(ends: tuple[Host,
     assert (host.opened, host.turns) == ({"a": ("math:Env", {"digits": 2}, task)}, [turn] if turn else [])
 
 
+async def test_what_an_environment_showed_has_one_digest_on_both_sides(ends: tuple[Host, Line]) -> None:
+    host, line = ends
+    tools = ({"name": "\ud800", "limits": (np.int64(3), np.float32(0.5)), "by": {1: "x"}},)
+    host.answers["a"] = shown = Observation(messages=(Message(role="user", content="\ud800"),), tools=tools)
+    got = await line.call("open", "a", "e", {}, Task(env="e", key="k", split="train", seed=0, public={}))
+    assert got.digest == shown.digest != Observation(messages=shown.messages).digest
+
+
 def test_a_line_connects_on_the_loop_that_rays_actors_run_on() -> None:
     async def main() -> Any:
-        (address, server), host = await listen(callee := Host()), callee
+        host = Host()
         host.answers["a"] = transition()
+        address, server = await listen(host)
         line = await Line.connect(address)
         try:
             return await line.call("truncate", "a")
