@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from environments.host import EnvironmentBug
-from environments.line import LineLost
+from environments.host_actor import HostActor
+from environments.line import Line, LineLost, listen
+from environments.math import MathEnv
 from environments.registry import resolve
 from rl_core.seams import Observation, Transition
 from rl_core.types import Message, Status, Task, Turn, Verdict
@@ -121,6 +123,41 @@ async def test_an_environment_that_begins_one_task_in_two_ways_is_asked_by_each_
     again = hosts.group(2)
     assert [(await s.reset()).messages[0].content for s in again] == ["hello", "good day"]
     assert hosts.calls == ["open", "play", "open", "open"]
+
+
+class FickleEnv(MathEnv):
+    """Begins differently each time, which no environment should."""
+
+    id = "fickle"
+    begun: ClassVar[int] = 0
+
+    def begin(self, task: Task) -> Observation:
+        FickleEnv.begun += 1
+        return Observation(messages=(Message(role="user", content=f"{FickleEnv.begun}"),))
+
+
+@pytest.mark.parametrize(("env", "shared"), [("math", True), (f"{__name__}:FickleEnv", False)])
+async def test_a_real_host_over_a_real_line_finds_out_who_begins_alike(env: str, shared: bool) -> None:
+    host = HostActor("bubblewrap", exit=lambda: None)
+    address, server = await listen(host)
+    hosts = Hosts(HostSet(shared=("a",)), owner="w0.0")
+    hosts._lines["a"] = await Line.connect(address)
+    begun, task = Beginning(), next(resolve("math").tasks("train", 0, {}))
+    first, second = (hosts.session(env, {}, task, begun) for _ in range(2))
+    assert await first.reset() == await second.reset()
+    assert await host.ping() == 1
+    if shared:
+        assert (await second.step(Turn(content="0"))).verdict is not None
+    else:
+        with pytest.raises(SessionFailed, match="in another way"):
+            await second.step(Turn(content="0"))
+        assert hosts.session(env, {}, task, begun).beginning is None
+    assert (await first.truncate()).verdict is not None
+    await asyncio.gather(*host._closing)
+    assert await host.ping() == 0
+    hosts.hang_up()
+    assert server is not None
+    server.close()
 
 
 async def test_an_episode_that_is_not_open_yet_outlives_its_host() -> None:
